@@ -1,0 +1,46 @@
+"""Token layouts of diffusers models: one small pure function per model family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vision_attn.patching.layouts.family import Family, find_family
+from vision_attn.patching.layouts.image import IMAGE_FAMILIES, REFUSED_IMAGE
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FAMILIES: tuple[Family, ...] = IMAGE_FAMILIES
+REFUSED: dict[str, str] = dict(REFUSED_IMAGE)
+
+try:
+    from vision_attn.patching.layouts.video import REFUSED_VIDEO, VIDEO_FAMILIES
+
+    FAMILIES += VIDEO_FAMILIES
+    REFUSED |= REFUSED_VIDEO
+except ModuleNotFoundError:
+    pass
+try:
+    from vision_attn.patching.layouts.unet import REFUSED_UNET, UNET_FAMILIES
+
+    FAMILIES += UNET_FAMILIES
+    REFUSED |= REFUSED_UNET
+except ModuleNotFoundError:
+    pass
+
+__all__ = ["FAMILIES", "REFUSED", "Family", "family_of"]
+
+
+def family_of(model: nn.Module) -> Family:
+    """Find the layout family of a diffusers model by class name, base classes included.
+
+    Args:
+        model: A diffusers transformer, UNet or decoder.
+
+    Returns:
+        The family that serves it.
+
+    Raises:
+        PatchError: The class is refused (the message gives the reason) or unknown (it tells how to pass `grid=`).
+    """
+    return find_family(model, FAMILIES, REFUSED)

@@ -1,0 +1,72 @@
+"""What attention swapping knows about one model family: where its image tokens are in the sequence.
+
+Everything is found by class *name*, so that nothing here imports diffusers and a subclass of a known model is served
+like the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vision_attn.errors import PatchError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vision_attn.layout import TokenLayout
+
+LayoutFunction = Callable[["nn.Module", Mapping[str, Any]], "TokenLayout | None"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models that lay out their tokens in the same way.
+
+    Attributes:
+        name: Short name, such as `"flux"`.
+        classes: Names of the model classes served.
+        layout: `layout(scope module, forward arguments by name with defaults applied)` gives the token layout of the
+            main sequence in this call, or `None` when this call has none that can be told.
+        scope: `None` when the model's own forward arguments tell the layout; otherwise the class name of the submodules
+            whose arguments do (a UNet has one grid per level). Each attention uses the nearest enclosing scope.
+        skip: `(glob on the attention module's name, reason)`: attention that is no spatial self or joint attention.
+        image_only: Globs on names of attention modules whose sequence is the image tokens alone although the main
+            sequence has text as well; they use the layout's grid without its text (second attention of SD 3.5,
+            image refiners).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    layout: LayoutFunction
+    scope: str | None = None
+    skip: tuple[tuple[str, str], ...] = ()
+    image_only: tuple[str, ...] = ()
+
+
+def find_family(model: nn.Module, families: Iterable[Family], refused: Mapping[str, str]) -> Family:
+    """Find the family of a model by the names of its class and base classes, the most derived first.
+
+    Args:
+        model: A diffusers transformer, UNet or decoder.
+        families: Families to choose from.
+        refused: Class name to the reason why attention of that class is not swapped.
+
+    Returns:
+        The first family that serves one of the class names.
+
+    Raises:
+        PatchError: The class is refused, or nothing is known about it.
+    """
+    by_class = {name: family for family in families for name in family.classes}
+    for cls in type(model).__mro__:
+        if cls.__name__ in by_class:
+            return by_class[cls.__name__]
+        if cls.__name__ in refused:
+            raise PatchError(f"patch: target must have a supported attention, got {cls.__name__}: {refused[cls.__name__]}")
+    raise PatchError(
+        f"patch: target must be a model whose token layout is known, got {type(model).__name__}: pass grid=(Y, X) or "
+        f"grid=(T, Y, X), or a TokenLayout when the sequence holds text as well; `python -m vision_attn.patching.layouts` "
+        f"lists the known classes"
+    )

@@ -29,20 +29,25 @@ class Family:
         classes: Names of the model classes served.
         layout: `layout(scope module, forward arguments by name with defaults applied)` gives the token layout of the
             main sequence in this call, or `None` when this call has none that can be told.
-        scope: `None` when the model's own forward arguments tell the layout; otherwise the class name of the submodules
-            whose arguments do (a UNet has one grid per level). Each attention uses the nearest enclosing scope.
+        scope: `None` when the model's own forward arguments tell the layout; otherwise the class names of the submodules
+            whose arguments do (a UNet has one grid per level). Each attention uses the nearest enclosing scope; one
+            outside of every scope has no layout.
         skip: `(glob on the attention module's name, reason)`: attention that is no spatial self or joint attention.
         image_only: Globs on names of attention modules whose sequence is the image tokens alone although the main
             sequence has text as well; they use the layout's grid without its text (second attention of SD 3.5,
             image refiners).
+        open_end: The sequence goes on after the grid for as many tokens as each call has (Mochi calls attention once per
+            sample, with that sample's valid text): `text_after` of the layout is replaced by the length of the call's
+            keys minus what comes before.
     """
 
     name: str
     classes: tuple[str, ...]
     layout: LayoutFunction
-    scope: str | None = None
+    scope: tuple[str, ...] | None = None
     skip: tuple[tuple[str, str], ...] = ()
     image_only: tuple[str, ...] = ()
+    open_end: bool = False
 
 
 def find_family(model: nn.Module, families: Iterable[Family], refused: Mapping[str, str]) -> Family:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from vision_attn.errors import PatchError
+from vision_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vision_attn.layout import TokenLayout
-
-LayoutFunction = Callable[["nn.Module", Mapping[str, Any]], "TokenLayout | None"]
+LayoutFunction = Callable[["nn.Module", Mapping[str, Any]], TokenLayout | None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def find_family(model: nn.Module, families: Iterable[Family], refused: Mapping[s
         if cls.__name__ in by_class:
             return by_class[cls.__name__]
         if cls.__name__ in refused:
-            raise PatchError(f"patch: target must have a supported attention, got {cls.__name__}: {refused[cls.__name__]}")
+            raise PatchError(
+                f"patch: target must have a supported attention, got {cls.__name__}: {refused[cls.__name__]}"
+            )
     raise PatchError(
         f"patch: target must be a model whose token layout is known, got {type(model).__name__}: pass grid=(Y, X) or "
         f"grid=(T, Y, X), or a TokenLayout when the sequence holds text as well; `python -m vision_attn.patching.layouts` "

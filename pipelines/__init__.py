@@ -1,0 +1,1 @@
+"""Diffusers pipelines: loading them, and the ones built on guidance and patching."""

@@ -41,7 +41,7 @@ class Case:
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Make a builder reproducible, and give parameters that start at zero (gates, output layers) values of their own."""
+    """Make a builder reproducible, with random values for parameters that start at zero (gates, output layers)."""
 
     def build_seeded() -> nn.Module:
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def touch_latent(key: str, patch: int | tuple[int, ...] = 1) -> Callable[[Inputs, tuple[int, ...]], None]:
-    """Touch the first pixel of a token in a latent `[B, C, Y, X]` or `[B, C, T, Y, X]`; `patch` pixels per token and axis."""
+    """Touch the first pixel of a token in a latent `[B, C, Y, X]` or `[B, C, T, Y, X]`; `patch` pixels per token."""
 
     def touch(inputs: Inputs, token: tuple[int, ...]) -> None:
         steps = (patch,) * len(token) if isinstance(patch, int) else patch

@@ -32,14 +32,14 @@ def flux() -> torch.nn.Module:
 
 
 def flux_inputs(rows: int, columns: int) -> Inputs:
-    return dict(
-        hidden_states=randn(2, rows * columns, 4),
-        encoder_hidden_states=randn(2, TEXT, 32, seed=1),
-        pooled_projections=randn(2, 32, seed=2),
-        timestep=torch.tensor([0.5, 0.5]),
-        img_ids=ids(rows, columns),
-        txt_ids=torch.zeros(TEXT, 3),
-    )
+    return {
+        "hidden_states": randn(2, rows * columns, 4),
+        "encoder_hidden_states": randn(2, TEXT, 32, seed=1),
+        "pooled_projections": randn(2, 32, seed=2),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "img_ids": ids(rows, columns),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
 
 
 def sd3() -> torch.nn.Module:
@@ -60,12 +60,12 @@ def sd3() -> torch.nn.Module:
 
 
 def sd3_inputs(rows: int, columns: int) -> Inputs:
-    return dict(
-        hidden_states=randn(2, 4, 2 * rows, 2 * columns),
-        encoder_hidden_states=randn(2, TEXT, 32, seed=1),
-        pooled_projections=randn(2, 64, seed=2),
-        timestep=torch.tensor([500.0, 500.0]),
-    )
+    return {
+        "hidden_states": randn(2, 4, 2 * rows, 2 * columns),
+        "encoder_hidden_states": randn(2, TEXT, 32, seed=1),
+        "pooled_projections": randn(2, 64, seed=2),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
 
 
 ZOO_IMAGE: tuple[Case, ...] = (

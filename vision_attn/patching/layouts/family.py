@@ -7,7 +7,7 @@ like the model itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +29,15 @@ class Family:
         classes: Names of the model classes served.
         layout: `layout(scope module, forward arguments by name with defaults applied)` gives the token layout of the
             main sequence in this call, or `None` when this call has none that can be told.
-        scope: `None` when the model's own forward arguments tell the layout; otherwise the class names of the submodules
-            whose arguments do (a UNet has one grid per level). Each attention uses the nearest enclosing scope; one
-            outside of every scope has no layout.
+        scope: `None` when the model's own forward arguments tell the layout; otherwise the class names of the
+            submodules whose arguments do (a UNet has one grid per level). Each attention uses the nearest enclosing
+            scope; one outside of every scope has no layout.
         skip: `(glob on the attention module's name, reason)`: attention that is no spatial self or joint attention.
         image_only: Globs on names of attention modules whose sequence is the image tokens alone although the main
-            sequence has text as well; they use the layout's grid without its text (second attention of SD 3.5,
-            image refiners).
-        open_end: The sequence goes on after the grid for as many tokens as each call has (Mochi calls attention once per
-            sample, with that sample's valid text): `text_after` of the layout is replaced by the length of the call's
-            keys minus what comes before.
+            sequence has text as well (second attention of SD 3.5, image refiners).
+        image_multiple: Such a sequence is padded to a multiple of this.
+        open_end: The sequence goes on after the grid for as many tokens as each call has (Mochi calls attention once
+            per sample, with that sample's valid text).
     """
 
     name: str
@@ -47,7 +46,29 @@ class Family:
     scope: tuple[str, ...] | None = None
     skip: tuple[tuple[str, str], ...] = ()
     image_only: tuple[str, ...] = ()
+    image_multiple: int = 1
     open_end: bool = False
+
+    def layout_for(self, name: str, layout: TokenLayout, key_tokens: int) -> TokenLayout:
+        """Give the layout of one attention call, from that of the main sequence.
+
+        Args:
+            name: Name of the attention module in the model.
+            layout: What `self.layout` said about this forward.
+            key_tokens: Length of the call's keys.
+
+        Returns:
+            `layout` itself; the grid alone (and its pads) for a module of `image_only`; with `open_end`, as many tokens
+            after the grid as the keys have.
+        """
+        if any(fnmatchcase(name, pattern) for pattern in self.image_only):
+            return TokenLayout(layout.grid, text_after=-layout.image_tokens % self.image_multiple)
+        rest = key_tokens - layout.text_before - layout.image_tokens
+        return replace(layout, text_after=rest) if self.open_end and rest >= 0 else layout
+
+    def skip_reason(self, name: str) -> str | None:
+        """Say why the attention module of this name is no spatial self or joint attention; `None` when it is."""
+        return next((reason for pattern, reason in self.skip if fnmatchcase(name, pattern)), None)
 
 
 def find_family(model: nn.Module, families: Iterable[Family], refused: Mapping[str, str]) -> Family:
@@ -74,6 +95,6 @@ def find_family(model: nn.Module, families: Iterable[Family], refused: Mapping[s
             )
     raise PatchError(
         f"patch: target must be a model whose token layout is known, got {type(model).__name__}: pass grid=(Y, X) or "
-        f"grid=(T, Y, X), or a TokenLayout when the sequence holds text as well; `python -m vision_attn.patching.layouts` "
-        f"lists the known classes"
+        "grid=(T, Y, X), or a TokenLayout when the sequence holds text as well; "
+        "`python -m vision_attn.patching.layouts` lists the known classes"
     )

@@ -41,5 +41,5 @@ def leading_run(values: torch.Tensor) -> int:
 
 
 def ids_table(ids: torch.Tensor) -> torch.Tensor:
-    """Bring position ids to the CPU as `[tokens, axes]`; a batch shares the ids of its first sample, as upstream does."""
+    """Bring position ids to the CPU as `[tokens, axes]`; a batch shares those of its first sample, as upstream."""
     return (ids[0] if ids.ndim == 3 else ids).detach().cpu()

@@ -24,8 +24,8 @@ def find_model(model: str) -> Path | str:
         model: `"shapes-flux"`, a folder with a `model_index.json`, or a Hub id such as `"owner/name"`.
 
     Raises:
-        FileNotFoundError: an embedded model that this installation lacks; a folder that is no pipeline; a path that does
-            not exist.
+        FileNotFoundError: an embedded model that this installation lacks, a folder that is no pipeline, a path that
+            does not exist.
     """
     if model in EMBEDDED_MODELS:
         folder = Path(vision_attn.__path__[0]) / "assets" / model

@@ -1,4 +1,4 @@
-"""What every test runs under: fixed threads, no network, NaN in uninitialised memory, deterministic hypothesis in CI."""
+"""What every test runs under: fixed threads, no network, NaN in uninitialised memory, a fixed seed."""
 
 import os
 

@@ -1,0 +1,1 @@
+"""Measuring what an attention operator costs and what it changes: `vision-attn compare` and `vision-attn bench`."""

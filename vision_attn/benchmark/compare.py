@@ -1,0 +1,245 @@
+"""The main job: one prompt, several attention operators, the same latents; what each costs and what it changes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import vision_attn as va
+from vision_attn.benchmark.attention_clock import AttentionClock
+from vision_attn.benchmark.generation import Request, denoiser, generate
+from vision_attn.benchmark.memory import PeakMemory
+from vision_attn.benchmark.metrics import psnr, ssim
+from vision_attn.benchmark.timing import Timing, interleaved
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator's result.
+
+    Args:
+        operator: Text form; `"dense"` is the stock pipeline, untouched.
+        seconds: Per image, median of the repeats.
+        seconds_of_each_repeat: What the median is of.
+        attention_seconds: Inside attention calls during one image, in a run of its own with a clock on every call.
+        attention_share: `attention_seconds` over the time of that same run.
+        attention_calls: Attention calls during one image.
+        attention_flops: Of those calls; None if the operator does not know.
+        peak_memory_bytes: Above what the loaded pipeline held, during one image; None if the system cannot tell.
+        psnr: Decibels against dense; `inf` for identical images.
+        ssim: Against dense.
+        detector_score: Share of the caption's objects found with the right colour and shape, 0 to 1; None unless the
+            prompt is a caption of the shapes data.
+        routed_layers: Attention layers that the operator took over.
+        dense_layers: Routed layers whose calls were computed densely all the same, with the reason.
+    """
+
+    operator: str
+    seconds: float
+    seconds_of_each_repeat: tuple[float, ...]
+    attention_seconds: float
+    attention_share: float
+    attention_calls: int
+    attention_flops: int | None
+    peak_memory_bytes: int | None
+    psnr: float
+    ssim: float
+    detector_score: float | None
+    routed_layers: int
+    dense_layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of one prompt under several operators.
+
+    Args:
+        model: As the user named it.
+        request: What was drawn, with the model's defaults filled in.
+        grid: Token grid of the patched layers, if a patch has seen one.
+        environment: Versions, device and threads that the numbers hold for.
+        rows: One per operator, dense first.
+        images: One per row, `[Y, X, C]` or `[T, Y, X, C]` in `[0, 1]`.
+    """
+
+    model: str
+    request: Request
+    grid: tuple[int, ...] | None
+    environment: dict[str, Any]
+    rows: tuple[Row, ...]
+    images: tuple[NDArray[np.float32], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, ready for JSON."""
+        return {
+            "model": self.model,
+            "request": asdict(self.request),
+            "grid": self.grid,
+            "environment": self.environment,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    image: NDArray[np.float32]
+    clock: AttentionClock
+    seconds: float
+    memory: int | None
+    routed: int
+    dense_layers: tuple[str, ...]
+    grid: tuple[int, ...] | None
+
+
+def compare(
+    pipe: Any,
+    operators: Sequence[Any],
+    request: Request,
+    *,
+    model: str = "",
+    repeats: int = 3,
+    warmup: int = 1,
+    score: Callable[[NDArray[np.float32]], float] | None = None,
+    on_run: Callable[[str], None] = lambda name: None,
+) -> Comparison:
+    """Draw the request with the stock pipeline and with each operator, and measure.
+
+    Args:
+        pipe: A loaded diffusers pipeline.
+        operators: Operator objects. Dense is always measured first, as the stock pipeline, whether listed or not.
+        request: What to draw; the same starting latents for all.
+        model: Name for the report.
+        repeats: Timed images per operator, taken in turns.
+        warmup: Images per operator before, not timed.
+        score: Scores an image against the prompt, 0 to 1.
+        on_run: Told the operator's text after each image, `runs_of(...)` times in all.
+
+    Returns:
+        A Comparison.
+
+    Raises:
+        ValueError: the pipeline cannot do what the request asks for.
+        PatchError: the pipeline cannot be patched, or an operator fits none of its layers.
+    """
+    windowed: list[Any] = []
+    for operator in operators:
+        if not isinstance(operator, va.Dense) and operator not in windowed:
+            windowed.append(operator)
+    contenders = {DENSE: None, **{str(operator): operator for operator in windowed}}
+    device = denoiser(pipe).device
+    timings = interleaved(
+        {name: _drawing(pipe, operator, request) for name, operator in contenders.items()},
+        repeats=repeats,
+        warmup=warmup,
+        device=device,
+        on_run=on_run,
+    )
+    # After the timed runs, so that what a first run allocates once and keeps does not count as the first operator's.
+    measured: dict[str, _Measured] = {}
+    for name, operator in contenders.items():
+        measured[name] = _measure(pipe, operator, request)
+        on_run(name)
+    dense = measured[DENSE].image
+    rows = tuple(_row(name, measured[name], timings[name], dense, score) for name in contenders)
+    return Comparison(
+        model=model or type(pipe).__name__,
+        request=request,
+        grid=next((found.grid for found in measured.values() if found.grid), None),
+        environment=_environment(device, next(denoiser(pipe).parameters()).dtype),
+        rows=rows,
+        images=tuple(found.image for found in measured.values()),
+    )
+
+
+def runs_of(operators: Sequence[Any], *, repeats: int, warmup: int) -> int:
+    """How many images `compare` draws: the total of its progress bar."""
+    distinct = {operator for operator in operators if not isinstance(operator, va.Dense)}
+    return (1 + len(distinct)) * (1 + warmup + repeats)
+
+
+@contextlib.contextmanager
+def _patched(pipe: Any, operator: Any) -> Iterator[Any]:
+    """The stock pipeline for None, else the pipeline with its attention swapped."""
+    if operator is None:
+        yield None
+    else:
+        with va.patch(pipe, operator) as patch:
+            yield patch
+
+
+def _drawing(pipe: Any, operator: Any, request: Request) -> Callable[[], object]:
+    def draw() -> object:
+        with _patched(pipe, operator):
+            return generate(pipe, request)
+
+    return draw
+
+
+def _measure(pipe: Any, operator: Any, request: Request) -> _Measured:
+    """One image with the clock and the memory gauge on, which latency must not include."""
+    model = denoiser(pipe)
+    clock = AttentionClock(model, model.device)
+    with _patched(pipe, operator) as patch:
+        with clock.watch(operator), PeakMemory(model.device) as memory:
+            start = time.perf_counter()
+            image = generate(pipe, request)
+            seconds = time.perf_counter() - start
+        routed = 0 if patch is None else len(patch.routed)
+        calls = {} if patch is None else dict(patch.calls)
+    layouts = [call.layout for call in calls.values() if call.kind == "operator" and call.layout is not None]
+    return _Measured(
+        image=image,
+        clock=clock,
+        seconds=seconds,
+        memory=memory.bytes,
+        routed=routed,
+        dense_layers=tuple(f"{layer}: {call.reason}" for layer, call in calls.items() if call.kind == "dense"),
+        grid=tuple(layouts[0].grid) if layouts else None,
+    )
+
+
+def _row(
+    name: str,
+    found: _Measured,
+    timing: Timing,
+    dense: NDArray[np.float32],
+    score: Callable[[NDArray[np.float32]], float] | None,
+) -> Row:
+    return Row(
+        operator=name,
+        seconds=timing.median,
+        seconds_of_each_repeat=timing.samples,
+        attention_seconds=found.clock.seconds,
+        attention_share=found.clock.seconds / found.seconds,
+        attention_calls=found.clock.calls,
+        attention_flops=found.clock.flops,
+        peak_memory_bytes=found.memory,
+        psnr=psnr(found.image, dense),
+        ssim=ssim(found.image, dense),
+        detector_score=None if score is None else score(found.image),
+        routed_layers=found.routed,
+        dense_layers=found.dense_layers,
+    )
+
+
+def _environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    packages = ("vision-attn", "torch", "diffusers", "transformers")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }

@@ -1,0 +1,214 @@
+"""The picture sheet of a comparison: images side by side, their difference to dense, and where the time goes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from vision_attn.benchmark.compare import Comparison, Row
+from vision_attn.benchmark.palette import ATTENTION, CARD, EDGE, GOOD, INK, MUTED, PAGE, REST, Colour, heat
+
+# All in pixels of the sheet.
+_MARGIN = 44
+_GAP = 24
+_PADDING = 18
+_PICTURE = 320
+_HEADER = 142
+_LINE = 27
+_BAR = 20
+
+# Differences above this share of full scale are drawn in the lightest colour: small ones stay visible.
+_HEAT_RANGE = 0.5
+
+
+def draw_sheet(comparison: Comparison) -> Image.Image:
+    """Draw the sheet.
+
+    Args:
+        comparison: What `compare` found. Of a video the middle frame is shown.
+
+    Returns:
+        An RGB picture, one card per operator.
+    """
+    pictures = [_still(image) for image in comparison.images]
+    cards = [
+        _Card(row, picture, pictures[0], comparison.rows)
+        for row, picture in zip(comparison.rows, pictures, strict=True)
+    ]
+    card_width = _PICTURE + 2 * _PADDING
+    height = cards[0].height
+    width = 2 * _MARGIN + len(cards) * card_width + (len(cards) - 1) * _GAP
+    sheet = Image.new("RGB", (width, _HEADER + height + 78), PAGE)
+    draw = ImageDraw.Draw(sheet)
+    _draw_header(draw, comparison, width)
+    for index, card in enumerate(cards):
+        card.draw(sheet, draw, _MARGIN + index * (card_width + _GAP), _HEADER)
+    _draw_legend(sheet, draw, _HEADER + height + 26, width)
+    return sheet
+
+
+@dataclass(frozen=True)
+class _Card:
+    row: Row
+    picture: NDArray[np.float32]
+    dense: NDArray[np.float32]
+    rows: tuple[Row, ...]
+
+    @property
+    def picture_height(self) -> int:
+        rows, columns = self.picture.shape[:2]
+        return round(_PICTURE * rows / columns)
+
+    @property
+    def height(self) -> int:
+        return _PADDING + 36 + 2 * self.picture_height + 14 + len(self._facts()) * _LINE + 84
+
+    def draw(self, sheet: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+        right = left + _PICTURE + 2 * _PADDING
+        draw.rounded_rectangle((left, top, right, top + self.height), radius=14, fill=CARD, outline=EDGE)
+        x, y = left + _PADDING, top + _PADDING
+        _text(draw, (x, y - 4), _fitted(self.row.operator, 22, _PICTURE), 22, INK)
+        y += 36
+        sheet.paste(_scaled(self.picture, self.picture_height), (x, y))
+        y += self.picture_height + 14
+        self._draw_difference(sheet, draw, x, y)
+        y += self.picture_height + 12
+        for name, value, colour in self._facts():
+            _text(draw, (x, y), name, 17, MUTED)
+            _text(draw, (x + _PICTURE, y), value, 17, colour, anchor="ra")
+            y += _LINE
+        self._draw_bar(draw, x, y + 10)
+
+    def _draw_difference(self, sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        if self.row is self.rows[0]:
+            box = (x, y, x + _PICTURE - 1, y + self.picture_height - 1)
+            draw.rectangle(box, fill=PAGE)
+            centre = (x + _PICTURE // 2, y + self.picture_height // 2)
+            _text(draw, (centre[0], centre[1] - 14), "the reference", 20, MUTED, anchor="mm")
+            _text(draw, (centre[0], centre[1] + 14), "below the others: their difference to it", 16, MUTED, anchor="mm")
+            return
+        difference = np.abs(self.picture - self.dense).max(axis=-1) / _HEAT_RANGE
+        coloured = heat(difference).astype(np.float32) / 255
+        sheet.paste(_scaled(coloured, self.picture_height), (x, y))
+
+    def _facts(self) -> list[tuple[str, str, Colour]]:
+        row, dense = self.row, self.rows[0]
+        stock = row is dense
+        faster = dense.attention_seconds / row.attention_seconds if row.attention_seconds else math.nan
+        attention = f"{row.attention_seconds:.2f} s" + ("" if stock else f"   {faster:.2f}x as fast")
+        fidelity = "reference" if stock else f"{decibels(row.psnr)}   SSIM {row.ssim:.3f}"
+        facts = [
+            ("time per image", f"{row.seconds:.2f} s", INK),
+            ("in attention", attention, GOOD if not stock and faster > 1 else INK),
+            ("attention FLOPs", _share_of(row.attention_flops, dense.attention_flops, stock), INK),
+            ("peak memory", mebibytes(row.peak_memory_bytes), INK),
+            ("fidelity", fidelity, INK),
+        ]
+        if row.detector_score is not None:
+            whole = row.detector_score == 1
+            facts.append(("caption", f"{row.detector_score:.0%} right", GOOD if whole else INK))
+        return facts
+
+    def _draw_bar(self, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        """Length is time, on one scale for all cards; the coloured part is attention."""
+        slowest = max(row.seconds for row in self.rows)
+        length = _PICTURE * self.row.seconds / slowest
+        attention = length * min(1.0, self.row.attention_share)
+        draw.rounded_rectangle((x, y, x + _PICTURE, y + _BAR), radius=5, fill=PAGE)
+        draw.rounded_rectangle((x, y, x + length, y + _BAR), radius=5, fill=REST)
+        if attention >= 10:
+            draw.rounded_rectangle((x, y, x + attention, y + _BAR), radius=5, fill=ATTENTION)
+        _text(draw, (x, y + _BAR + 6), f"attention {self.row.attention_share:.0%}", 16, ATTENTION)
+        _text(draw, (x + _PICTURE, y + _BAR + 6), "the rest", 16, MUTED, anchor="ra")
+
+
+def decibels(value: float) -> str:
+    """`"31.4 dB"`, or `"identical"`."""
+    return "identical" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def mebibytes(count: int | None) -> str:
+    """`"512 MiB"`, or `"not measured"`."""
+    return "not measured" if count is None else f"{count / 2**20:.0f} MiB"
+
+
+def flops(count: int | None) -> str:
+    """`"1.23 TFLOP"` with a fitting prefix, or `"unknown"`."""
+    if count is None:
+        return "unknown"
+    prefixes = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+    scale, prefix = next((pair for pair in prefixes if count >= pair[0]), (1e6, "M"))
+    return f"{count / scale:.3g} {prefix}FLOP"
+
+
+def _share_of(count: int | None, dense: int | None, stock: bool) -> str:
+    if stock or count is None or not dense:
+        return flops(count)
+    return f"{flops(count)}   {count / dense:.0%}"
+
+
+def _draw_header(draw: ImageDraw.ImageDraw, comparison: Comparison, width: int) -> None:
+    request = comparison.request
+    room = width - 2 * _MARGIN
+    rows, columns = comparison.images[0].shape[-3:-1]
+    grid = "" if comparison.grid is None else f"{'x'.join(map(str, comparison.grid))} tokens"
+    facts = [
+        comparison.model,
+        f"{rows}x{columns} px",
+        grid,
+        "" if request.steps is None else f"{request.steps} steps",
+        "" if request.guidance is None else f"guidance {request.guidance:g}",
+        f"seed {request.seed}",
+        f"{comparison.environment['device']}, {comparison.environment['dtype']}",
+    ]
+    _text(draw, (_MARGIN, 30), _fitted(request.prompt, 34, room), 34, INK)
+    _text(draw, (_MARGIN, 84), _fitted("   ·   ".join(fact for fact in facts if fact), 18, room), 18, MUTED)
+
+
+def _draw_legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, width: int) -> None:
+    """What the colours mean, in one line below the cards."""
+    x = _MARGIN
+    ramp = np.tile(np.linspace(0, 1, 150), (14, 1))
+    label = "difference to dense"
+    _text(draw, (x, y - 2), label, 16, MUTED)
+    x += round(_font(16).getlength(label)) + 14
+    _text(draw, (x, y - 2), "0", 16, MUTED)
+    sheet.paste(Image.fromarray(heat(ramp)), (x + 16, y + 2))
+    _text(draw, (x + 176, y - 2), f"{_HEAT_RANGE:.0%} of full scale or more", 16, MUTED)
+    maker = "vision-attn compare"
+    _text(draw, (width - _MARGIN, y - 2), maker, 16, MUTED, anchor="ra")
+
+
+def _still(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A picture as it is; the middle frame of a video."""
+    return image if image.ndim == 3 else image[len(image) // 2]
+
+
+def _scaled(picture: NDArray[np.float32], height: int) -> Image.Image:
+    pixels = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+    # Enlarged pixels stay pixels: smoothing would hide what the small models draw.
+    way = Image.Resampling.NEAREST if pixels.width * 2 <= _PICTURE else Image.Resampling.LANCZOS
+    return pixels.resize((_PICTURE, height), way)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fitted(text: str, size: int, room: int) -> str:
+    """The text, shortened with an ellipsis where it is wider than `room` pixels."""
+    if _font(size).getlength(text) <= room:
+        return text
+    while text and _font(size).getlength(text + "...") > room:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def _text(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, colour: Colour, anchor: str = "la"
+) -> None:
+    draw.text(at, text, font=_font(size), fill=colour, anchor=anchor)

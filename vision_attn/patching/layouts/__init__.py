@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vision_attn.patching.layouts.controlnet import CONTROLNET_FAMILIES, REFUSED_CONTROLNET
 from vision_attn.patching.layouts.family import Family, find_family
 from vision_attn.patching.layouts.image import IMAGE_FAMILIES, REFUSED_IMAGE
+from vision_attn.patching.layouts.unet import REFUSED_UNET, UNET_FAMILIES
+from vision_attn.patching.layouts.video import REFUSED_VIDEO, VIDEO_FAMILIES
 
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES: tuple[Family, ...] = IMAGE_FAMILIES
-REFUSED: dict[str, str] = dict(REFUSED_IMAGE)
-
-try:
-    from vision_attn.patching.layouts.video import REFUSED_VIDEO, VIDEO_FAMILIES
-
-    FAMILIES += VIDEO_FAMILIES
-    REFUSED |= REFUSED_VIDEO
-except ModuleNotFoundError:
-    pass
-try:
-    from vision_attn.patching.layouts.unet import REFUSED_UNET, UNET_FAMILIES
-
-    FAMILIES += UNET_FAMILIES
-    REFUSED |= REFUSED_UNET
-except ModuleNotFoundError:
-    pass
+FAMILIES: tuple[Family, ...] = IMAGE_FAMILIES + VIDEO_FAMILIES + UNET_FAMILIES + CONTROLNET_FAMILIES
+REFUSED: dict[str, str] = REFUSED_IMAGE | REFUSED_VIDEO | REFUSED_UNET | REFUSED_CONTROLNET
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "family_of"]
 

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.layouts.family import Family
+from vision_attn.patching.layouts.image import CROSS_ATTENTION, TEXT_ONLY
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
-CROSS = "cross-attention"
 
 
 def _patches(latent_size: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
@@ -31,18 +29,18 @@ def _patches_with_padding(latent_size: Sequence[int], multiple: Sequence[int], p
     return math.prod(_patches(padded, patch))
 
 
-def _wan(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _wan(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video only; the latent is `[B, C, T, Y, X]` and the patch has three sizes."""
     return TokenLayout(_patches(call["hidden_states"].shape[2:], model.config.patch_size))
 
 
-def _anyflow(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _anyflow(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video only; the latent is `[B, T, C, Y, X]`."""
     _, frames, _, rows, columns = call["hidden_states"].shape
     return TokenLayout(_patches((frames, rows, columns), model.config.patch_size))
 
 
-def _helios(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _helios(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Long, middle and short history in patches of 4, 2 and 1 times the size, then the video."""
     patch = model.config.patch_size
     history = 0
@@ -55,15 +53,16 @@ def _helios(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(_patches(call["hidden_states"].shape[2:], patch), text_before=history)
 
 
-def _ltx(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
-    """Reference frames, then the video, already packed; the grid is given, or else in `video_coords`, which are not read."""
+def _ltx(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
+    """Condition frames, then the video, already packed; without its grid, the video is found by its coordinates."""
     grid = (call["num_frames"], call["height"], call["width"])
     if None in grid:
-        return None
+        coordinates = call["video_coords"]
+        return None if coordinates is None else _layout_at_end(coordinates[0].mT, coordinates.shape[-1])
     return TokenLayout(grid, text_before=call["hidden_states"].shape[1] - math.prod(grid))
 
 
-def _ltx2(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
+def _ltx2(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     """The video, then key frames and references, already packed; the grid is given."""
     grid = (call["num_frames"], call["height"], call["width"])
     if None in grid:
@@ -71,18 +70,18 @@ def _ltx2(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
     return TokenLayout(grid, text_after=call["hidden_states"].shape[1] - math.prod(grid))
 
 
-def _hunyuan_patch(model: nn.Module) -> tuple[int, int, int]:
+def _hunyuan_patch(model: Any) -> tuple[int, int, int]:
     return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
 
 
-def _hunyuan_video(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _hunyuan_video(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video, then text."""
     grid = _patches(call["hidden_states"].shape[2:], _hunyuan_patch(model))
     return TokenLayout(grid, text_after=call["encoder_hidden_states"].shape[1])
 
 
-def _framepack(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
-    """History 4x, history 2x, clean frames, video, image embedding, text; at batch 1 the text is cut to its valid length."""
+def _framepack(model: Any, call: Mapping[str, Any]) -> TokenLayout:
+    """History 4x, history 2x, clean frames, video, image embedding, text (its valid part alone at batch 1)."""
     history = 0
     for name, factor in (("clean", 1), ("history_2x", 2), ("history_4x", 4)):
         latent = call[f"latents_{name}"]
@@ -94,26 +93,26 @@ def _framepack(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(grid, text_before=history)
 
 
-def _hunyuan_video15(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _hunyuan_video15(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video, then image, glyph and prompt embeddings, valid rows first."""
     grid = _patches(call["hidden_states"].shape[2:], _hunyuan_patch(model))
     parts = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
     return TokenLayout(grid, text_after=sum(call[part].shape[1] for part in parts if call[part] is not None))
 
 
-def _kandinsky5(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
+def _kandinsky5(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     """Video only, `[B, T, Y, X, C]`; sparse calls order tokens in 8x8 tiles and bring their own block mask."""
     if call["sparse_params"] is not None:
         return None
     return TokenLayout(_patches(call["hidden_states"].shape[1:4], model.config.patch_size))
 
 
-def _kandinsky6(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _kandinsky6(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video only, `[B, T, Y, X, C]`."""
     return TokenLayout(_patches(call["hidden_states"].shape[1:4], model.config.patch_size))
 
 
-def _cogvideox(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _cogvideox(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Text, then video; the latent is `[B, T, C, Y, X]` and only CogVideoX 1.5 has a temporal patch."""
     _, frames, _, rows, columns = call["hidden_states"].shape
     patch = model.config.patch_size
@@ -122,26 +121,26 @@ def _cogvideox(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(grid, text_before=call["encoder_hidden_states"].shape[1])
 
 
-def _mochi(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _mochi(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video, then the valid text of one sample: attention is called once per sample."""
     patch = model.config.patch_size
     return TokenLayout(_patches(call["hidden_states"].shape[2:], (1, patch, patch)))
 
 
-def _allegro(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _allegro(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video only. Frames are embedded one by one: a temporal patch size would only shrink the attention mask."""
     _, _, frames, rows, columns = call["hidden_states"].shape
     patch = model.config.patch_size
     return TokenLayout((frames, rows // patch, columns // patch))
 
 
-def _latte(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _latte(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """One frame: the spatial blocks have frames in the batch."""
     patch = model.config.patch_size
     return TokenLayout(_patches(call["hidden_states"].shape[3:], (patch, patch)))
 
 
-def _easyanimate(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _easyanimate(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Text of one or two encoders, then video."""
     patch = model.config.patch_size
     parts = ("encoder_hidden_states", "encoder_hidden_states_t5")
@@ -149,12 +148,12 @@ def _easyanimate(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(_patches(call["hidden_states"].shape[2:], (1, patch, patch)), text_before=text)
 
 
-def _cosmos_controlnet(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _cosmos_controlnet(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video only; the grid is that of the control latent."""
     return TokenLayout(_patches(call["controls_latents"].shape[2:], model.config.patch_size))
 
 
-def _cosmos3(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
+def _cosmos3(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     """A causal text prefix, then the video, then sound and actions; the prefix attends in a call of its own."""
     if len(call["vision_token_shapes"]) != 1:
         return None
@@ -163,45 +162,139 @@ def _cosmos3(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
     return TokenLayout(grid, text_before=prefix, text_after=call["sequence_length"] - prefix - math.prod(grid))
 
 
-def _motif(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+def _motif(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     """Video, then first-frame embedding and text."""
     parts = ("image_embeds", "encoder_hidden_states")
     grid = _patches(call["hidden_states"].shape[2:], _hunyuan_patch(model))
     return TokenLayout(grid, text_after=sum(call[part].shape[1] for part in parts if call[part] is not None))
 
 
-def _minimax_h3(model: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
-    """Text, references and audio, then the video, which ends the packed sequence; read from the position ids (t, y, x)."""
-    positions: torch.Tensor = call["position_ids"]
-    tokens = positions.shape[0]
-    video = call["video_indices"]
-    if int(video[-1]) != tokens - 1:
+def _minimax_h3(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
+    """Text, references and audio, then the video, which ends the packed sequence; read from the position ids."""
+    positions, video = call["position_ids"], call["video_indices"]
+    if int(video[-1]) != positions.shape[0] - 1:
         return None
-    last = positions[-1]
-    rows_per_frame = _trailing(positions[:, 0] == last[0])
-    columns = _trailing((positions[:, :2] == last[:2]).all(dim=-1))
-    if rows_per_frame % columns:
+    contiguous = 1 + _trailing(video[1:] == video[:-1] + 1)
+    return _layout_at_end(positions, contiguous)
+
+
+def _layout_at_end(positions: torch.Tensor, video_tokens: int) -> TokenLayout | None:
+    """Find the grid of the row-major video that ends a sequence from the positions `[S, 3]` (t, y, x) of its tokens.
+
+    Only the last `video_tokens` tokens can belong to it. Reads tensor values, so it does not trace under torch.compile.
+    """
+    t, y, x = positions[-video_tokens:].unbind(-1)
+    same_frame = t[:-1] == t[-1]
+    columns = 1 + _trailing(same_frame & (y[:-1] == y[-1]) & (x[:-1] < x[1:]))
+    frame_tokens = 1 + _trailing(same_frame & (y[:-1] <= y[1:]))
+    if frame_tokens % columns:
         return None
-    frames = _trailing_frames(positions, video, rows_per_frame)
-    grid = (frames, rows_per_frame // columns, columns)
-    return TokenLayout(grid, text_before=tokens - math.prod(grid))
+    blocks = positions[-(video_tokens // frame_tokens * frame_tokens) :].unflatten(0, (-1, frame_tokens))
+    same_place = (blocks[:-1, :, 1:] == blocks[-1, :, 1:]).all(dim=-1).all(dim=-1)
+    earlier = (blocks[:-1, :, 0] < blocks[1:, :, 0]).all(dim=-1) & (blocks[:-1, :, 0] == blocks[:-1, :1, 0]).all(dim=-1)
+    grid = (1 + _trailing(same_place & earlier), frame_tokens // columns, columns)
+    return TokenLayout(grid, text_before=positions.shape[0] - math.prod(grid))
 
 
 def _trailing(flags: torch.Tensor) -> int:
     """How many flags at the end are true."""
-    return int(flags.flip(0).cumprod(0, dtype=flags.new_tensor(0).long().dtype).sum())
+    return int(flags.flip(0).long().cumprod(0).sum())
 
 
-def _trailing_frames(positions: torch.Tensor, video: torch.Tensor, rows_per_frame: int) -> int:
-    """Frames at the end of the sequence that are video rows, equal in space, and ordered in time."""
-    last = positions[-rows_per_frame:]
-    contiguous = _trailing(video == video[-1] - (video.shape[0] - 1 - _arange_like(video)))
-    frames = 1
-    while (frames + 1) * rows_per_frame <= contiguous:
-        stop = positions.shape[0] - frames * rows_per_frame
-        frame = positions[stop - rows_per_frame : stop]
-        earlier = bool((frame[:, 0] == frame[0, 0]).all()) and bool(frame[0, 0] < positions[stop, 0])
-        if not earlier or not bool((frame[:, 1:] == last[:, 1:]).all()):
-            break
-        frames += 1
-    return frames
+_TEXT_CROSS = ("*.attn2", CROSS_ATTENTION)
+AUDIO_ONLY = "audio only: it never sees the video"
+_AUDIO = (
+    ("*.audio_attn1", AUDIO_ONLY),
+    ("*.audio_attn2", CROSS_ATTENTION),
+    ("*.audio_to_video_attn", CROSS_ATTENTION),
+    ("*.video_to_audio_attn", CROSS_ATTENTION),
+)
+_TEXT_REFINER = ("context_embedder*", TEXT_ONLY)
+
+VIDEO_FAMILIES: tuple[Family, ...] = (
+    Family(
+        "wan",
+        (
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+            "ChronoEditTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+            "WanAnimateTransformer3DModel",
+        ),
+        _wan,
+        skip=(_TEXT_CROSS, ("face_adapter.*", "cross-attention to face motion, frame by frame")),
+    ),
+    Family("anyflow", ("AnyFlowTransformer3DModel",), _anyflow, skip=(_TEXT_CROSS,)),
+    Family("helios", ("HeliosTransformer3DModel",), _helios, skip=(_TEXT_CROSS,)),
+    Family("ltx", ("LTXVideoTransformer3DModel",), _ltx, skip=(_TEXT_CROSS,)),
+    Family(
+        "ltx2",
+        ("LTX2VideoTransformer3DModel", "SanaWMLTX2RefinerTransformer3DModel"),
+        _ltx2,
+        skip=(_TEXT_CROSS, *_AUDIO),
+    ),
+    Family("hunyuan_video", ("HunyuanVideoTransformer3DModel",), _hunyuan_video, skip=(_TEXT_REFINER,)),
+    Family("framepack", ("HunyuanVideoFramepackTransformer3DModel",), _framepack, skip=(_TEXT_REFINER,), open_end=True),
+    Family("hunyuan_video15", ("HunyuanVideo15Transformer3DModel",), _hunyuan_video15, skip=(_TEXT_REFINER,)),
+    Family(
+        "kandinsky5",
+        ("Kandinsky5Transformer3DModel",),
+        _kandinsky5,
+        skip=(("text_transformer_blocks.*", TEXT_ONLY), ("*.cross_attention", CROSS_ATTENTION)),
+    ),
+    Family(
+        "kandinsky6",
+        ("Kandinsky6Transformer3DModel",),
+        _kandinsky6,
+        skip=(
+            ("*text_transformer_blocks.*", TEXT_ONLY),
+            ("*.audio_dec_block.*", AUDIO_ONLY),
+            ("*cross_attention", CROSS_ATTENTION),
+        ),
+    ),
+    Family("cogvideox", ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"), _cogvideox),
+    Family("mochi", ("MochiTransformer3DModel",), _mochi, open_end=True),
+    Family("allegro", ("AllegroTransformer3DModel",), _allegro, skip=(_TEXT_CROSS,)),
+    Family(
+        "latte",
+        ("LatteTransformer3DModel",),
+        _latte,
+        skip=(("temporal_transformer_blocks.*", "temporal attention: one token per frame"), _TEXT_CROSS),
+    ),
+    Family("easyanimate", ("EasyAnimateTransformer3DModel",), _easyanimate),
+    Family("cosmos", ("CosmosTransformer3DModel",), _wan, skip=(_TEXT_CROSS,)),
+    Family("cosmos_controlnet", ("CosmosControlNetModel",), _cosmos_controlnet, skip=(_TEXT_CROSS,)),
+    Family("cosmos3", ("Cosmos3OmniTransformer",), _cosmos3),
+    Family("motif_video", ("MotifVideoTransformer3DModel",), _motif, skip=(("*.cross_attn", CROSS_ATTENTION),)),
+    Family(
+        "minimax_h3",
+        ("MiniMaxH3Transformer3DModel",),
+        _minimax_h3,
+        skip=(("token_refiner.*", TEXT_ONLY),),
+    ),
+)
+
+_BLOCK_MASK = "its attention is a FlexAttention block mask over {}, which a window operator cannot replace"
+_LINEAR = "its self-attention is linear attention, which has no softmax call to replace"
+
+REFUSED_VIDEO: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": _BLOCK_MASK.format("causal chunks of frames"),
+    "WanAnimate2Transformer3DModel": _BLOCK_MASK.format("the padded frames of the video and of its reference"),
+    "Kandinsky6SRTransformer3DModel": _BLOCK_MASK.format("tokens ordered in 8x8 tiles"),
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": _LINEAR,
+    "TransformerTemporalModel": "its attention runs over time for each pixel and has no spatial grid",
+}
+
+_SOUND = "it makes sound, not images"
+
+REFUSED_VIDEO |= {
+    "AceStepTransformer1DModel": _SOUND,
+    "LongCatAudioDiTTransformer": _SOUND,
+    "MiniMaxMusic3Transformer1DModel": _SOUND,
+    "MiniMaxMusic3RVQDepthDecoder": _SOUND,
+    "StableAudioDiTModel": _SOUND,
+    "StableAudio3DiTModel": _SOUND,
+    "T5FilmDecoder": _SOUND,
+    "RFD4ProteinaTransformer": "it designs proteins: its sequences have no token grid",
+}

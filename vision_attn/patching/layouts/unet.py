@@ -1,0 +1,122 @@
+"""Token layouts of UNets: one grid per resolution level, read from the feature map that enters a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vision_attn.layout import TokenLayout
+from vision_attn.patching.layouts.family import Family
+from vision_attn.patching.layouts.image import CROSS_ATTENTION
+
+TEMPORAL = "temporal attention: one token per frame"
+
+
+def _feature_map(block: Any, call: Mapping[str, Any]) -> TokenLayout:
+    """Pixels of a feature map `[B or B * T, C, Y, X]`, row-major."""
+    return TokenLayout(tuple(call["hidden_states"].shape[-2:]))
+
+
+def _feature_map_with_text(block: Any, call: Mapping[str, Any]) -> TokenLayout | None:
+    """Keys are text, then the pixels; queries are the pixels alone (added key and value projections)."""
+    text = call["encoder_hidden_states"]
+    if text is None:
+        return None
+    return TokenLayout(tuple(call["hidden_states"].shape[-2:]), text_before=text.shape[1])
+
+
+def _unet_block(block: Any, call: Mapping[str, Any]) -> TokenLayout | None:
+    """Blocks that concatenate text to the keys are told apart by their name; the others hold the pixels alone."""
+    if "SimpleCrossAttn" in type(block).__name__:
+        return _feature_map_with_text(block, call)
+    return _feature_map(block, call)
+
+
+def _kandinsky3(block: Any, call: Mapping[str, Any]) -> TokenLayout | None:
+    """Pixels; a block that is given text attends to text alone."""
+    return TokenLayout(tuple(call["x"].shape[-2:])) if call["context"] is None else None
+
+
+def _stable_cascade(block: Any, call: Mapping[str, Any]) -> TokenLayout | None:
+    """Queries are the pixels; keys are the pixels, then the conditions, or the conditions alone."""
+    if not block.self_attn:
+        return None
+    return TokenLayout(tuple(call["x"].shape[-2:]), text_after=call["kv"].shape[1])
+
+
+def _uvit(model: Any, call: Mapping[str, Any]) -> TokenLayout:
+    """Codebook indices `[B, Y, X]`, halved by the down block of a model that has one."""
+    rows, columns = call["input_ids"].shape[1:]
+    factor = 2 if model.config.downsample else 1
+    return TokenLayout((rows // factor, columns // factor))
+
+
+_SKIP = (
+    ("*temporal*", TEMPORAL),
+    ("*temp_attentions*", TEMPORAL),
+    ("*motion_modules*", TEMPORAL),
+    ("transformer_in.*", TEMPORAL),
+    ("*.fuser.*", "attention to the boxes of GLIGEN"),
+    ("*.attn2", CROSS_ATTENTION),
+)
+
+# Blocks that call attention themselves, on a feature map of the size they are given; resampling comes after it.
+_BLOCKS = (
+    "AttnDownBlock2D",
+    "AttnUpBlock2D",
+    "AttnSkipDownBlock2D",
+    "AttnSkipUpBlock2D",
+    "UNetMidBlock2D",
+    "KCrossAttnDownBlock2D",
+    "KCrossAttnUpBlock2D",
+    "SimpleCrossAttnDownBlock2D",
+    "SimpleCrossAttnUpBlock2D",
+    "UNetMidBlock2DSimpleCrossAttn",
+)
+
+UNET_FAMILIES: tuple[Family, ...] = (
+    Family(
+        "unet",
+        (
+            "UNet2DConditionModel",
+            "UNet2DModel",
+            "UNet3DConditionModel",
+            "UNetMotionModel",
+            "UNetSpatioTemporalConditionModel",
+            "I2VGenXLUNet",
+            "DreamLiteUNetModel",
+            "UNetControlNetXSModel",
+            "ControlNetModel",
+            "ControlNetUnionModel",
+            "SparseControlNetModel",
+        ),
+        _unet_block,
+        scope=(
+            "Transformer2DModel",
+            "DreamLiteTransformer2DModel",
+            "TransformerSpatioTemporalModel",
+            *_BLOCKS,
+        ),
+        skip=_SKIP,
+    ),
+    Family(
+        "kandinsky3",
+        ("Kandinsky3UNet",),
+        _kandinsky3,
+        scope=("Kandinsky3AttentionBlock",),
+        skip=(("add_time_condition.*", "attention pooling of text"),),
+    ),
+    Family("stable_cascade", ("StableCascadeUNet",), _stable_cascade, scope=("SDCascadeAttnBlock",)),
+    Family(
+        "uvit",
+        ("UVit2DModel",),
+        _uvit,
+        skip=(("down_block.*", CROSS_ATTENTION), ("up_block.*", CROSS_ATTENTION), ("*.attn2", CROSS_ATTENTION)),
+    ),
+)
+
+REFUSED_UNET: dict[str, str] = {
+    "UNet1DModel": "its sequences are one-dimensional signals, not images",
+    "MotionAdapter": "it only carries weights: patch the UNetMotionModel made from it",
+    "ControlNetXSAdapter": "it only carries weights: patch the UNetControlNetXSModel made from it",
+}

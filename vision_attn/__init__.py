@@ -1,0 +1,64 @@
+"""Attention for diffusion and vision models: swap it in one line, take it back exactly."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vision_attn.backends import backends
+from vision_attn.errors import PatchError, UnsupportedError
+from vision_attn.layout import TokenLayout
+from vision_attn.operators import (
+    Clear,
+    Cost,
+    Dense,
+    Neighborhood,
+    clear_attention,
+    merge_attention,
+    na1d,
+    na2d,
+    na3d,
+    operators,
+    parse,
+    proportional_scale,
+    register_operator,
+)
+
+__version__ = "0.1.0"
+
+# Loaded on first use: they are for models, and not every user of an operator has diffusers installed.
+_LAZY = dict.fromkeys(("Patch", "patch", "unpatch", "verify"), "vision_attn.patching")
+
+__all__ = [
+    "Clear",
+    "Cost",
+    "Dense",
+    "Neighborhood",
+    "Patch",
+    "PatchError",
+    "TokenLayout",
+    "UnsupportedError",
+    "backends",
+    "clear_attention",
+    "merge_attention",
+    "na1d",
+    "na2d",
+    "na3d",
+    "operators",
+    "parse",
+    "patch",
+    "proportional_scale",
+    "register_operator",
+    "unpatch",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,10 @@
+"""How a windowed attention is computed, and which way serves a call.
+
+`windowed` joins a window over the grid with keys that every query sees; `full` is attention over all keys. Both return
+the log-sum-exp, so that everything else is an exact merge.
+"""
+
+from vision_attn.backends.choose import BACKENDS, Backends, backends, resolve
+from vision_attn.backends.serve import full, merge, windowed
+
+__all__ = ["BACKENDS", "Backends", "backends", "full", "merge", "resolve", "windowed"]

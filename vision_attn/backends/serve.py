@@ -1,0 +1,95 @@
+"""Attention over a window plus keys that everyone sees, by whichever backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vision_attn.backends.attend import accumulator, attend
+from vision_attn.backends.dense import dense_attention, dense_windowed
+from vision_attn.backends.tiled import window_attention
+from vision_attn.kernels.reach import Ball, Reach
+
+
+def windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reach: Reach,
+    scale: float,
+    *,
+    extra: Sequence[tuple[Tensor, Tensor, Tensor | None]] = (),
+    key_bias: Tensor | None = None,
+    backend: str = "tiled",
+) -> tuple[Tensor, Tensor]:
+    """One softmax over each grid token's window and all extra keys.
+
+    Args:
+        query: `[B, N, H, D]`, the grid's tokens in row-major order.
+        key: `[B, N, Hkv, D]`.
+        value: `[B, N, Hkv, Dv]`.
+        reach: The window.
+        scale: Factor on the logits.
+        extra: Further keys and values `[B, E, Hkv, ...]` seen by every query, each with a bias `[B, E]` or None.
+        key_bias: `[B, N]`, added to the logits of a grid key.
+        backend: A resolved backend name.
+
+    Returns:
+        Output `[B, N, H, Dv]` and natural log-sum-exp `[B, N, H]`.
+
+    Raises:
+        NotImplementedError: the backend has no such feature.
+    """
+    parts = [_window_part(query, key, value, reach, scale, key_bias, backend)]
+    for extra_key, extra_value, bias in extra:
+        if extra_key.shape[1] > 0:
+            mask = None if bias is None else bias[:, None, None, :]
+            parts.append(full(query, extra_key, extra_value, mask, scale, backend=backend))
+    return parts[0] if len(parts) == 1 else merge(*zip(*parts, strict=True))
+
+
+def full(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, *, backend: str = "tiled"
+) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, with an additive mask broadcastable to `[B, H, Sq, Sk]`; output and log-sum-exp."""
+    if backend == "dense":
+        return dense_attention(query, key, value, attn_mask, scale)
+    return attend(query, key, value, attn_mask, scale)
+
+
+def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The attention over the union of disjoint key sets, from the attention over each.
+
+    A part without visible keys (log-sum-exp `-inf`) has no weight.
+    """
+    wide = accumulator(outputs[0].dtype)
+    stacked = torch.stack(tuple(lses)).to(wide)
+    lse = stacked.logsumexp(0)
+    weights = (stacked - lse.masked_fill(lse == float("-inf"), 0.0)).exp().unsqueeze(-1)
+    output = sum(w * o.to(wide) for w, o in zip(weights, outputs, strict=True))
+    assert isinstance(output, Tensor)
+    return output.to(outputs[0].dtype), lse
+
+
+def _window_part(
+    query: Tensor, key: Tensor, value: Tensor, reach: Reach, scale: float, key_bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "dense":
+        return dense_windowed(query, key, value, key_bias, reach, scale)
+    if reach.is_dense:  # nothing to skip: one plain attention
+        return attend(query, key, value, None if key_bias is None else key_bias[:, None, None, :], scale)
+    if backend == "tiled":
+        return window_attention(query, key, value, key_bias, reach, scale)
+    if key_bias is not None:
+        raise NotImplementedError(f"backend={backend!r} takes no mask on grid keys: use backend='tiled'")
+    if backend == "flex":
+        from vision_attn.backends.flex import flex_windowed
+
+        return flex_windowed(query, key, value, reach, scale)
+    if isinstance(reach, Ball):
+        raise NotImplementedError(f"backend={backend!r} has no circular window: use backend='tiled'")
+    from vision_attn.backends.natten import natten_windowed
+
+    return natten_windowed(query, key, value, reach, scale)

@@ -1,0 +1,24 @@
+"""Attention operators: functions on tensors, and the same as objects configured once."""
+
+from vision_attn.operators.clear import Clear, clear_attention, proportional_scale
+from vision_attn.operators.cost import Cost
+from vision_attn.operators.dense import Dense
+from vision_attn.operators.merge import merge_attention
+from vision_attn.operators.neighborhood import Neighborhood, na1d, na2d, na3d
+from vision_attn.operators.registry import operators, parse, register_operator
+
+__all__ = [
+    "Clear",
+    "Cost",
+    "Dense",
+    "Neighborhood",
+    "clear_attention",
+    "merge_attention",
+    "na1d",
+    "na2d",
+    "na3d",
+    "operators",
+    "parse",
+    "proportional_scale",
+    "register_operator",
+]

@@ -1,0 +1,119 @@
+"""Validation that the functional operators share: wrong input is named before any work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_attention_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, *, grid_axes: int = 1) -> None:
+    """Check `[B, *grid, H, D]` query, key and value against each other.
+
+    Args:
+        where: Name of the public function.
+        query: Reference for batch, grid, head dim, dtype and device.
+        key: As the query, with `Hkv` heads that divide `H`.
+        value: As the key, with any head dim.
+        grid_axes: Axes between batch and heads.
+
+    Raises:
+        TypeError: not a tensor, not floating point.
+        ValueError: rank, shape, dtype or device do not fit.
+        NotImplementedError: a sparse or nested tensor.
+    """
+    rank = grid_axes + 3
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise NotImplementedError(
+                f"{where}: {name} must be a dense strided tensor, got {x.layout}: use .to_dense()"
+            )
+        if x.ndim != rank:
+            axes = (
+                ", ".join(["B", *("X", "Y X", "T Y X")[grid_axes - 1].split(), "H", "D"]) if rank > 4 else "B, S, H, D"
+            )
+            raise ValueError(f"{where}: {name} must have {rank} axes [{axes}], got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{where}: {name} must be floating point, got {x.dtype}")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{where}: {name} must have the query's dtype {query.dtype}, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{where}: {name} must be on the query's device {query.device}, got {x.device}")
+    if key.shape[:-2] != query.shape[:-2]:
+        raise ValueError(
+            f"{where}: key must have the query's batch and tokens {tuple(query.shape[:-2])}, got {tuple(key.shape[:-2])}"
+        )
+    _check_heads(where, "key", query, key)
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"{where}: value must have the key's batch, tokens and heads {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}"
+        )
+
+
+def check_extra(
+    where: str, query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None
+) -> None:
+    """Check `[B, E, Hkv, D]` additional keys and values; both or neither."""
+    if (extra_key is None) != (extra_value is None):
+        given, absent = ("additional_keys", "additional_values")[:: 1 if extra_value is None else -1]
+        raise ValueError(f"{where}: {absent} must be given together with {given}, got None")
+    if extra_key is None or extra_value is None:
+        return
+    for name, x, like in (("additional_keys", extra_key, key), ("additional_values", extra_value, value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(x).__name__}")
+        expected = (query.shape[0], extra_key.shape[1] if extra_key.ndim == 4 else "E", *like.shape[-2:])
+        if x.ndim != 4 or tuple(x.shape) != expected:
+            raise ValueError(f"{where}: {name} must have shape [B, E, Hkv, D] = {list(expected)}, got {list(x.shape)}")
+        if x.dtype != query.dtype or x.device != query.device:
+            raise ValueError(
+                f"{where}: {name} must be {query.dtype} on {query.device} as the query, got {x.dtype} on {x.device}"
+            )
+
+
+def resolve_scale(where: str, scale: Any, head_dim: int) -> float:
+    """The factor on the logits: `head_dim ** -0.5` for None (and only for None: 0 is a legal scale).
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not finite.
+    """
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{where}: scale must be a number or None, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{where}: scale must be finite, got {scale!r}")
+    return float(scale)
+
+
+def per_axis(where: str, name: str, value: Any, axes: int, kind: type = int) -> tuple[Any, ...]:
+    """One value per grid axis from a single value or a sequence of that length.
+
+    Raises:
+        TypeError: not an integer where integers are due (a bool is none).
+        ValueError: wrong number of axes; not a bool where bools are due (as in NATTEN, an integer is none).
+    """
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * axes
+    if len(values) != axes:
+        raise ValueError(f"{where}: {name} must be one value or {axes} of them (one per grid axis), got {value!r}")
+    for item in values:
+        if kind is bool and not isinstance(item, bool):
+            raise ValueError(f"{where}: {name} must be True or False per axis, got {value!r}")
+        if kind is int and (isinstance(item, bool) or not isinstance(item, (int, torch.SymInt))):
+            raise TypeError(f"{where}: {name} must be an integer per axis, got {value!r}")
+    return values
+
+
+def _check_heads(where: str, name: str, query: Tensor, key: Tensor) -> None:
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{where}: {name} must have the query's head dim {query.shape[-1]}, got {key.shape[-1]}")
+    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"{where}: {name} must have a number of heads that divides the query's {query.shape[-2]}, got {key.shape[-2]}"
+        )

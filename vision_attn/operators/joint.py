@@ -1,0 +1,129 @@
+"""A window over the image tokens of a joint text-image sequence: text is seen by all and sees everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vision_attn.backends import full, resolve, windowed
+from vision_attn.errors import UnsupportedError
+from vision_attn.kernels.reach import Reach
+from vision_attn.layout import TokenLayout
+from vision_attn.operators.arguments import check_attention_inputs, resolve_scale
+
+Extra = tuple[Tensor, Tensor, Tensor | None]
+
+
+def joint_attention(
+    where: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    reach: Reach,
+    scale: float | None,
+    attn_mask: Tensor | None = None,
+    *,
+    pooled: Sequence[Extra] = (),
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Windowed attention on a whole sequence.
+
+    Args:
+        where: Name of the public function, for messages.
+        query: `[B, S, H, D]` with `S = layout.tokens`.
+        key: `[B, S, Hkv, D]`.
+        value: `[B, S, Hkv, Dv]`.
+        layout: Where the grid stands in the sequence.
+        reach: The window of the grid's tokens.
+        scale: Factor on the logits, None for `D ** -0.5`.
+        attn_mask: As for `scaled_dot_product_attention`, broadcastable to `[B, H, S, S]`, bool (True = visible) or
+            added to the logits. All image queries must share one row of it; text queries may have their own.
+        pooled: Further keys and values for image queries only.
+        backend: Backend name.
+
+    Returns:
+        Output `[B, S, H, Dv]` and log-sum-exp `[B, S, H]`.
+
+    Raises:
+        UnsupportedError: a mask that differs between image queries or heads.
+        ValueError, TypeError: arguments that do not fit.
+    """
+    check_attention_inputs(where, query, key, value)
+    layout.check(query.shape[1])
+    factor, chosen = resolve_scale(where, scale, query.shape[-1]), resolve(backend, where)
+    bias, text_mask = split_mask(where, attn_mask, query, layout)
+    image, before, after = (
+        layout.image_slice,
+        slice(0, layout.text_before),
+        slice(layout.image_slice.stop, layout.tokens),
+    )
+
+    extra = [(key[:, s], value[:, s], None if bias is None else bias[:, s]) for s in (before, after)]
+    grid_bias = None if bias is None else bias[:, image]
+    output, lse = windowed(
+        *(x[:, image] for x in (query, key, value)),
+        reach,
+        factor,
+        extra=[*extra, *pooled],
+        key_bias=grid_bias,
+        backend=chosen,
+    )
+    if not layout.text_tokens:
+        return output, lse
+    text_query = torch.cat([query[:, before], query[:, after]], dim=1)
+    text_out, text_lse = full(text_query, key, value, text_mask, factor, backend=chosen)
+    return (
+        torch.cat([text_out[:, before], output, text_out[:, layout.text_before :]], dim=1),
+        torch.cat([text_lse[:, before], lse, text_lse[:, layout.text_before :]], dim=1),
+    )
+
+
+def joint_mask(reach: Reach, layout: TokenLayout) -> Tensor:
+    """Bool `[S, S]` of a window on a whole sequence."""
+    mask = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    mask[layout.image_slice, layout.image_slice] = reach.mask()
+    return mask
+
+
+def split_mask(
+    where: str, attn_mask: Tensor | None, query: Tensor, layout: TokenLayout
+) -> tuple[Tensor | None, Tensor | None]:
+    """The key bias `[B, S]` that all image queries share and the additive mask of the text queries.
+
+    Raises:
+        UnsupportedError: image queries, or heads, have different masks.
+        ValueError: the mask does not broadcast to `[B, H, S, S]`.
+    """
+    if attn_mask is None:
+        return None, None
+    mask = _additive(where, attn_mask, query, layout)
+    if mask.shape[1] > 1:
+        raise UnsupportedError(f"{where}: attn_mask must be the same for all heads, got shape {tuple(attn_mask.shape)}")
+    if mask.shape[2] == 1:
+        return mask[:, 0, 0].expand(query.shape[0], -1), mask
+    rows = mask[:, 0, layout.image_slice]
+    if torch.compiler.is_compiling() or not torch.equal(rows, rows[:, :1].expand_as(rows)):
+        raise UnsupportedError(
+            f"{where}: attn_mask must be the same for all image queries, got shape {tuple(attn_mask.shape)}"
+        )
+    text = torch.cat([mask[:, :, : layout.text_before], mask[:, :, layout.image_slice.stop :]], dim=2)
+    return rows[:, 0].expand(query.shape[0], -1), text
+
+
+def _additive(where: str, attn_mask: Tensor, query: Tensor, layout: TokenLayout) -> Tensor:
+    """`[B or 1, H or 1, S or 1, S]`, added to the logits."""
+    full_shape = (query.shape[0], query.shape[2], layout.tokens, layout.tokens)
+    fits = attn_mask.ndim <= 4 and all(
+        n in (1, m) for n, m in zip(attn_mask.shape[::-1], full_shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{where}: attn_mask must broadcast to {full_shape}, got shape {tuple(attn_mask.shape)}")
+    mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(-1, -1, -1, layout.tokens)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
+    if not mask.is_floating_point():
+        raise UnsupportedError(f"{where}: attn_mask must be bool or floating point, got {attn_mask.dtype}")
+    return mask.to(query.dtype)

@@ -90,10 +90,12 @@ class Ball:
 
     @property
     def dilation(self) -> tuple[int, ...]:
+        """A ball has no gaps."""
         return (1,) * len(self.grid)
 
     @property
     def stride(self) -> tuple[int, ...]:
+        """Every query has its own window."""
         return (1,) * len(self.grid)
 
     @property

@@ -35,7 +35,7 @@ class TokenLayout:
 
     def __post_init__(self) -> None:
         if isinstance(self.grid, int):
-            raise TypeError(f"TokenLayout: grid must be a tuple such as (Y, X), got {self.grid!r}: write ({self.grid},)")
+            raise TypeError(f"TokenLayout: grid must be a tuple (Y, X), got {self.grid!r}: write ({self.grid},)")
         object.__setattr__(self, "grid", tuple(self.grid))
         if not 1 <= len(self.grid) <= 3:
             raise ValueError(f"TokenLayout: grid must have 1 to 3 axes, got {self.grid}: use (Y, X) or (T, Y, X)")

@@ -175,7 +175,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def heads_first(x: Tensor, heads_kv: int) -> Tensor:
-    """`[B, S, H, D]` to `[B, Hkv, S * H / Hkv, D]`: the query heads of a group become further queries of its key head."""
+    """`[B, S, H, D]` to `[B, Hkv, S * H / Hkv, D]`: the query heads of a group become queries of its key head."""
     b, s, heads, d = x.shape
     if heads == heads_kv:
         return x.transpose(1, 2)

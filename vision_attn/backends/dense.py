@@ -14,7 +14,7 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """`softmax(scale * Q K^T + attn_mask) V` as it is written in the papers; memory is quadratic.
 
-    Args and returns as `vision_attn.backends.attend.attend`; `attn_mask` may also be bool, True where a query sees a key.
+    Args and returns as `vision_attn.backends.attend.attend`; `attn_mask` may be bool, True where a query sees a key.
     """
     wide, group = accumulator(query.dtype), query.shape[2] // key.shape[2]
     q = query.to(wide).transpose(1, 2)

@@ -52,6 +52,7 @@ class TileGroup:
 
     @property
     def tiles(self) -> int:
+        """Tiles of the group."""
         return math.prod(len(axis.queries) for axis in self.axes)
 
     @property

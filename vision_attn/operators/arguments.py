@@ -45,14 +45,12 @@ def check_attention_inputs(where: str, query: Tensor, key: Tensor, value: Tensor
         if x.device != query.device:
             raise ValueError(f"{where}: {name} must be on the query's device {query.device}, got {x.device}")
     if key.shape[:-2] != query.shape[:-2]:
-        raise ValueError(
-            f"{where}: key must have the query's batch and tokens {tuple(query.shape[:-2])}, got {tuple(key.shape[:-2])}"
-        )
+        expected, given = tuple(query.shape[:-2]), tuple(key.shape[:-2])
+        raise ValueError(f"{where}: key must have the query's batch and tokens {expected}, got {given}")
     _check_heads(where, "key", query, key)
     if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"{where}: value must have the key's batch, tokens and heads {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}"
-        )
+        expected, given = tuple(key.shape[:-1]), tuple(value.shape[:-1])
+        raise ValueError(f"{where}: value must have the key's batch, tokens and heads {expected}, got {given}")
 
 
 def check_extra(
@@ -115,5 +113,5 @@ def _check_heads(where: str, name: str, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"{where}: {name} must have the query's head dim {query.shape[-1]}, got {key.shape[-1]}")
     if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
         raise ValueError(
-            f"{where}: {name} must have a number of heads that divides the query's {query.shape[-2]}, got {key.shape[-2]}"
+            f"{where}: {name} must have heads that divide the query's {query.shape[-2]}, got {key.shape[-2]}"
         )

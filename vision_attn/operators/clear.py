@@ -155,7 +155,7 @@ def _pool(tokens: Tensor, grid: tuple[int, ...], weight: Tensor) -> Tensor:
 
 
 def _cell_weights(weight: Tensor, y: int, x: int) -> Tensor:
-    """The weight of every token in its cell, `[rows, columns, f, f]`: zero off the grid, each cell with the full sum."""
+    """The weight of every token in its cell, `[rows, columns, f, f]`: zero off the grid, each cell of full sum."""
     f = weight.shape[0]
     rows, columns = -(-y // f), -(-x // f)
     inside_y = torch.arange(rows * f, device=weight.device).view(rows, 1, f, 1) < y
@@ -290,7 +290,6 @@ def _checked_weight(where: str, weight: Tensor | None, f: int, like: Tensor) -> 
     if not isinstance(weight, Tensor):
         raise TypeError(f"{where}: spatial_weight must be a tensor, got {type(weight).__name__}")
     if tuple(weight.shape) not in ((f, f), (1, 1, 1, f, 1, f, 1)):
-        raise ValueError(
-            f"{where}: spatial_weight must have shape ({f}, {f}) or (1, 1, 1, {f}, 1, {f}, 1), got {tuple(weight.shape)}"
-        )
+        legal = f"({f}, {f}) or (1, 1, 1, {f}, 1, {f}, 1)"
+        raise ValueError(f"{where}: spatial_weight must have shape {legal}, got {tuple(weight.shape)}")
     return weight.reshape(f, f)

@@ -45,9 +45,8 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
             if not isinstance(x, Tensor):
                 raise TypeError(f"merge_attention: {name} must be tensors, got {type(x).__name__}")
             if x.shape != tensors[0].shape or x.dtype != tensors[0].dtype:
-                raise ValueError(
-                    f"merge_attention: {name} must all be {tuple(tensors[0].shape)} {tensors[0].dtype}, got {tuple(x.shape)} {x.dtype}"
-                )
+                expected, given = (f"{tuple(t.shape)} {t.dtype}" for t in (tensors[0], x))
+                raise ValueError(f"merge_attention: {name} must all be {expected}, got {given}")
     if lses[0].shape != outputs[0].shape[:-1]:
         raise ValueError(
             f"merge_attention: lses must have shape {tuple(outputs[0].shape[:-1])}, got {tuple(lses[0].shape)}"

@@ -211,8 +211,8 @@ def _does_not_fit(
 class Neighborhood:
     """Generalized Neighborhood Attention as an operator for whole sequences.
 
-    Grid tokens attend their window and all text tokens; text tokens attend everything. Per axis the kernel is clipped to
-    the grid, then the stride to the kernel and the dilation to `grid // kernel`.
+    Grid tokens attend their window and all text tokens; text tokens attend everything. Per axis the kernel is clipped
+    to the grid, then the stride to the kernel and the dilation to `grid // kernel`.
 
     Args:
         kernel_size: Window in tokens, one value or one per grid axis.

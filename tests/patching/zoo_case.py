@@ -29,6 +29,7 @@ class Case:
         touch_image: `touch_image(inputs, token)` changes, in place, what the token at (y, x) or (t, y, x) is made of.
         touch_text: `touch_text(inputs, row)` changes, in place, one text row; `None` when no text is in the sequence.
         text_tokens: Rows that may be passed to `touch_text`.
+        text_mixes: One text row reaches all others before attention (a pooled prompt modulates them).
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     touch_image: Callable[[Inputs, tuple[int, ...]], None] | None = None
     touch_text: Callable[[Inputs, int], None] | None = None
     text_tokens: int = 0
+    text_mixes: bool = False
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -60,13 +62,18 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def change(channels: int) -> torch.Tensor:
+    """What touching adds to the channels: not the same for all, which a layer norm would remove."""
+    return 2 * randn(channels, seed=99)
+
+
 def touch_latent(key: str, patch: int | tuple[int, ...] = 1) -> Callable[[Inputs, tuple[int, ...]], None]:
     """Touch the first pixel of a token in a latent `[B, C, Y, X]` or `[B, C, T, Y, X]`; `patch` pixels per token."""
 
     def touch(inputs: Inputs, token: tuple[int, ...]) -> None:
         steps = (patch,) * len(token) if isinstance(patch, int) else patch
         pixel = tuple(position * step for position, step in zip(token, steps, strict=True))
-        inputs[key][(slice(None), slice(None), *pixel)] += 1.0
+        inputs[key][(slice(None), slice(None), *pixel)] += change(inputs[key].shape[1])
 
     return touch
 
@@ -78,7 +85,7 @@ def touch_packed(key: str, grid: tuple[int, ...], start: int = 0) -> Callable[[I
         row = 0
         for position, size in zip(token, grid, strict=True):
             row = row * size + position
-        inputs[key][:, start + row] += 1.0
+        inputs[key][:, start + row] += change(inputs[key].shape[-1])
 
     return touch
 
@@ -87,6 +94,6 @@ def touch_row(key: str) -> Callable[[Inputs, int], None]:
     """Touch one row of text embeddings `[B, S, C]`."""
 
     def touch(inputs: Inputs, row: int) -> None:
-        inputs[key][:, row] += 1.0
+        inputs[key][:, row] += change(inputs[key].shape[-1])
 
     return touch

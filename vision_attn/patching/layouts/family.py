@@ -36,8 +36,10 @@ class Family:
         image_only: Globs on names of attention modules whose sequence is the image tokens alone although the main
             sequence has text as well (second attention of SD 3.5, image refiners).
         image_multiple: Such a sequence is padded to a multiple of this.
-        open_end: The sequence goes on after the grid for as many tokens as each call has (Mochi calls attention once
-            per sample, with that sample's valid text).
+        open_end: Sequences go on after the grid for as many tokens as each call has (Mochi calls attention once per
+            sample, with that sample's valid text; image refiners that hold reference images behind the image).
+        in_parts: Attention is also called on parts of the sequence that do not hold the image (Qwen-Image 2.1 attends
+            segment by segment while it fills its cache): such calls stay dense, and that is no mistake.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Family:
     image_only: tuple[str, ...] = ()
     image_multiple: int = 1
     open_end: bool = False
+    in_parts: bool = False
 
     def layout_for(self, name: str, layout: TokenLayout, key_tokens: int) -> TokenLayout:
         """Give the layout of one attention call, from that of the main sequence.
@@ -62,7 +65,7 @@ class Family:
             after the grid as the keys have.
         """
         if any(fnmatchcase(name, pattern) for pattern in self.image_only):
-            return TokenLayout(layout.grid, text_after=-layout.image_tokens % self.image_multiple)
+            layout = TokenLayout(layout.grid, text_after=-layout.image_tokens % self.image_multiple)
         rest = key_tokens - layout.text_before - layout.image_tokens
         return replace(layout, text_after=rest) if self.open_end and rest >= 0 else layout
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.layouts.family import Family
 from vision_attn.patching.layouts.position_ids import grid_from_ids, ids_table, leading_run
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Call = Mapping[str, Any]
 
@@ -29,7 +26,7 @@ def _spatial(grid: tuple[int, ...]) -> tuple[int, ...]:
     return grid[1:] if len(grid) == 3 and grid[0] == 1 else grid
 
 
-def _latent_grid(model: nn.Module, call: Call) -> tuple[int, int]:
+def _latent_grid(model: Any, call: Call) -> tuple[int, int]:
     """Grid of a latent `[B, C, rows, columns]` cut in squares of `patch_size`."""
     rows, columns = call["hidden_states"].shape[-2:]
     patch = model.config.patch_size
@@ -40,28 +37,28 @@ def _text_tokens(call: Call) -> int:
     return call["encoder_hidden_states"].shape[1]
 
 
-def _image(model: nn.Module, call: Call) -> TokenLayout:
+def _image(model: Any, call: Call) -> TokenLayout:
     """I; text comes by cross-attention."""
     return TokenLayout(_latent_grid(model, call))
 
 
-def _text_image(model: nn.Module, call: Call) -> TokenLayout:
+def _text_image(model: Any, call: Call) -> TokenLayout:
     """T|I."""
     return TokenLayout(_latent_grid(model, call), text_before=_text_tokens(call))
 
 
-def _image_text(model: nn.Module, call: Call) -> TokenLayout:
+def _image_text(model: Any, call: Call) -> TokenLayout:
     """I|T."""
     return TokenLayout(_latent_grid(model, call), text_after=_text_tokens(call))
 
 
-def _auraflow(model: nn.Module, call: Call) -> TokenLayout:
+def _auraflow(model: Any, call: Call) -> TokenLayout:
     """Registers|T|I."""
     registers = model.register_tokens.shape[1]
     return TokenLayout(_latent_grid(model, call), text_before=registers + _text_tokens(call))
 
 
-def _flux(model: nn.Module, call: Call) -> TokenLayout | None:
+def _flux(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; references differ from the target in the first column of `img_ids`."""
     if call.get("kv_cache_mode") is not None:
         return None  # FLUX.2 with cached references attends in several calls of its own
@@ -73,7 +70,7 @@ def _flux(model: nn.Module, call: Call) -> TokenLayout | None:
     return TokenLayout(grid, text_before=_text_tokens(call), text_after=call["hidden_states"].shape[1] - target)
 
 
-def _flux3(model: nn.Module, call: Call) -> TokenLayout | None:
+def _flux3(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; references come as an argument of their own."""
     grid = grid_from_ids(ids_table(call["img_ids"]))
     references = call["image_cond_hidden_states"]
@@ -93,7 +90,7 @@ def _image_shapes(call: Call) -> list[tuple[int, int, int]] | None:
     return samples[0] if all(sample == samples[0] for sample in samples) else None
 
 
-def _qwen(model: nn.Module, call: Call) -> TokenLayout | None:
+def _qwen(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; layered models draw a stack of equal pictures before the reference: those are frames of one grid."""
     shapes = _image_shapes(call)
     if shapes is None:
@@ -109,7 +106,7 @@ def _qwen(model: nn.Module, call: Call) -> TokenLayout | None:
     )
 
 
-def _qwen21(model: nn.Module, call: Call) -> TokenLayout | None:
+def _qwen21(model: Any, call: Call) -> TokenLayout | None:
     """T and R interleaved|I; one slot of the text stands for four tokens of a reference image."""
     shapes = _image_shapes(call)
     if shapes is None:
@@ -119,13 +116,13 @@ def _qwen21(model: nn.Module, call: Call) -> TokenLayout | None:
     return TokenLayout(_spatial(tuple(shapes[-1])), text_before=prefix)
 
 
-def _nucleus(model: nn.Module, call: Call) -> TokenLayout | None:
+def _nucleus(model: Any, call: Call) -> TokenLayout | None:
     """Queries I, keys I|T."""
     shapes = _image_shapes(call)
     return None if shapes is None else TokenLayout(_spatial(tuple(shapes[0])), text_after=_text_tokens(call))
 
 
-def _lumina2(model: nn.Module, call: Call) -> TokenLayout | None:
+def _lumina2(model: Any, call: Call) -> TokenLayout | None:
     """T|I with the unpadded text; prompts of different length shift the image per sample."""
     lengths = call["encoder_attention_mask"].sum(dim=1).tolist()
     if any(length != lengths[0] for length in lengths):
@@ -133,7 +130,7 @@ def _lumina2(model: nn.Module, call: Call) -> TokenLayout | None:
     return TokenLayout(_latent_grid(model, call), text_before=int(lengths[0]))
 
 
-def _hidream(model: nn.Module, call: Call) -> TokenLayout | None:
+def _hidream(model: Any, call: Call) -> TokenLayout | None:
     """I|pads|T5|Llama of all blocks|Llama of this block; an image that is not square is padded to `max_seq` tokens."""
     hidden = call["hidden_states"]
     if hidden.ndim == 4:
@@ -150,7 +147,7 @@ def _hidream(model: nn.Module, call: Call) -> TokenLayout | None:
     return TokenLayout(grid, text_after=padded - grid[0] * grid[1] + text)
 
 
-def _omnigen(model: nn.Module, call: Call) -> TokenLayout:
+def _omnigen(model: Any, call: Call) -> TokenLayout:
     """T with reference images inside|time|I."""
     prompt = call["input_ids"]
     return TokenLayout(_latent_grid(model, call), text_before=1 + (0 if prompt is None else prompt.shape[1]))
@@ -164,7 +161,7 @@ def _padding(tokens: int, multiple: int) -> int:
 _Z_IMAGE_MULTIPLE = 32
 
 
-def _z_image(model: nn.Module, call: Call) -> TokenLayout | None:
+def _z_image(model: Any, call: Call) -> TokenLayout | None:
     """I|pads|T|pads; the omni mode mixes several images."""
     images, prompts = call["x"], call["cap_feats"]
     if isinstance(images[0], list):
@@ -182,7 +179,7 @@ def _z_image(model: nn.Module, call: Call) -> TokenLayout | None:
     return TokenLayout(_spatial(grid), text_after=pads + text)
 
 
-def _hunyuan_image(model: nn.Module, call: Call) -> TokenLayout:
+def _hunyuan_image(model: Any, call: Call) -> TokenLayout:
     """I|T of both text encoders."""
     sizes = call["hidden_states"].shape[2:]
     grid = tuple(size // patch for size, patch in zip(sizes, model.config.patch_size, strict=True))
@@ -193,7 +190,7 @@ def _hunyuan_image(model: nn.Module, call: Call) -> TokenLayout:
     return TokenLayout(_spatial(grid), text_after=text)
 
 
-def _ernie(model: nn.Module, call: Call) -> TokenLayout:
+def _ernie(model: Any, call: Call) -> TokenLayout:
     """I|T."""
     return TokenLayout(_latent_grid(model, call), text_after=call["text_bth"].shape[1])
 
@@ -202,7 +199,7 @@ def _ernie(model: nn.Module, call: Call) -> TokenLayout:
 _IDEOGRAM4_IMAGE = 2
 
 
-def _ideogram4(model: nn.Module, call: Call) -> TokenLayout | None:
+def _ideogram4(model: Any, call: Call) -> TokenLayout | None:
     """Pads|T|I in one packed sequence, told apart by `indicator`."""
     is_image = (call["indicator"] == _IDEOGRAM4_IMAGE).cpu()
     before = leading_run(is_image[0]) if not is_image[0, 0] else 0
@@ -214,14 +211,14 @@ def _ideogram4(model: nn.Module, call: Call) -> TokenLayout | None:
     return None if grid is None else TokenLayout(grid, text_before=before, text_after=after)
 
 
-def _krea2(model: nn.Module, call: Call) -> TokenLayout | None:
+def _krea2(model: Any, call: Call) -> TokenLayout | None:
     """T|I."""
     text = _text_tokens(call)
     grid = grid_from_ids(ids_table(call["position_ids"])[text:])
     return None if grid is None else TokenLayout(grid, text_before=text)
 
 
-def _fibo2(model: nn.Module, call: Call) -> TokenLayout:
+def _fibo2(model: Any, call: Call) -> TokenLayout:
     """Gist|I|R, or I|R|gist when prompts of different length have different numbers of gist tokens."""
     from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
 
@@ -244,7 +241,7 @@ def _fibo2(model: nn.Module, call: Call) -> TokenLayout:
     return TokenLayout(grid, text_before=max(gists), text_after=references)
 
 
-def _joy(model: nn.Module, call: Call) -> TokenLayout:
+def _joy(model: Any, call: Call) -> TokenLayout:
     """I|R|T; the last of several items is the target and moves to the front."""
     hidden = call["hidden_states"]
     items = hidden.shape[1] if hidden.ndim == 6 else 1
@@ -252,7 +249,7 @@ def _joy(model: nn.Module, call: Call) -> TokenLayout:
     return TokenLayout(_spatial(grid), text_after=(items - 1) * math.prod(grid) + _text_tokens(call))
 
 
-def _joy_plus(model: nn.Module, call: Call) -> TokenLayout | None:
+def _joy_plus(model: Any, call: Call) -> TokenLayout | None:
     """I|R|pads|T, of tokens that are patches already."""
     grid = tuple(call["shape_list"][0][0])
     if any(tuple(sample[0]) != grid for sample in call["shape_list"]):
@@ -261,7 +258,7 @@ def _joy_plus(model: nn.Module, call: Call) -> TokenLayout | None:
     return TokenLayout(_spatial(grid), text_after=rest + _text_tokens(call))
 
 
-def _legacy_transformer(model: nn.Module, call: Call) -> TokenLayout:
+def _legacy_transformer(model: Any, call: Call) -> TokenLayout:
     """I of a feature map `[B, C, rows, columns]`, of a latent in patches, or of `[B, tokens]` codebook indices."""
     if model.is_input_vectorized:
         return TokenLayout((model.height, model.width))
@@ -297,7 +294,7 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         image_only=("mode_blocks.image.*",),
     ),
     Family("qwen_image", ("QwenImageTransformer2DModel",), _qwen),
-    Family("qwen_image_21", ("QwenImage21Transformer2DModel",), _qwen21),
+    Family("qwen_image_21", ("QwenImage21Transformer2DModel",), _qwen21, in_parts=True),
     Family("nucleus_image", ("NucleusMoEImageTransformer2DModel",), _nucleus),
     Family("sd3", ("SD3Transformer2DModel",), _image_text, image_only=("*.attn2",)),
     Family("auraflow", ("AuraFlowTransformer2DModel",), _auraflow),
@@ -350,6 +347,7 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         _fibo2,
         skip=(("perceiver.*", TEXT_ONLY), ("*.cross_attention", CROSS_ATTENTION)),
         image_only=("noise_refiner.*",),
+        open_end=True,
     ),
     Family("joy_image_edit", ("JoyImageEditTransformer3DModel",), _joy),
     Family("joy_image_edit_plus", ("JoyImageEditPlusTransformer3DModel",), _joy_plus),

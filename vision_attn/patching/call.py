@@ -1,0 +1,194 @@
+"""One attention call of a patched layer: to the operator when its tokens match the layout, densely otherwise.
+
+The decision, in order:
+
+1. The operators are switched off in this denoising step: dense.
+2. The layout does not describe the call's tokens: dense and listed. This is how cross-attention passes. A layer whose
+   self-attention calls in a whole forward all have another length than its layout says is an error with `strict`.
+3. The operator cannot honour the call (mask, causal, dropout): listed, or an error with `strict`.
+4. Otherwise the operator runs, on heads-last tensors that all have the layout's full length and as many heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vision_attn.errors import PatchError, UnsupportedError
+from vision_attn.layout import TokenLayout
+
+
+def attend(
+    operator: Any,
+    layer: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    unknown: Sequence[str],
+    parallel_config: Any,
+    dense: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Compute one attention call of `layer` by `operator` or by `dense()`.
+
+    Args:
+        operator: The operator object of the layer.
+        layer: The `Layer` that is running.
+        query: `[B, S_q, Hq, D]`.
+        key: `[B, S_k, Hk, D]`.
+        value: `[B, S_k, Hk, Dv]`.
+        attn_mask: SDPA-style mask, a BlockMask, or `None`.
+        dropout_p: Dropout probability of the call.
+        is_causal: Whether the call is causal.
+        scale: Factor on the scores, `None` = `1/sqrt(D)`.
+        unknown: Names of further arguments that are set.
+        parallel_config: Not `None` under context parallelism.
+        dense: The call upstream would have made, `[B, S_q, Hq, Dv]`.
+
+    Raises:
+        PatchError: Context parallelism; with `layer.strict`, a call that should go to the operator and cannot.
+    """
+    if parallel_config is not None:
+        raise PatchError(
+            f"patch: context parallelism must be off for a patched layer, got parallel_config on {layer.name!r}: "
+            "remove the patch, or run without enable_parallelism()"
+        )
+    if not layer.switch.active:
+        layer.note("dense", layer.switch.reason, None)
+        return dense()
+    layout, problem = match(layer, query.shape[1], key.shape[1])
+    if layout is None:
+        layer.note_unmatched(problem, self_attention=query.shape[1] == key.shape[1])
+        return dense()
+    problem = _obstacle(dropout_p, is_causal, unknown)
+    if not problem:
+        if _is_dense(operator):
+            layer.note("operator", "", layout)
+            return dense()
+        try:
+            output = _operate(operator, layer, layout, query, key, value, attn_mask, scale)
+        except UnsupportedError as error:
+            problem = str(error)
+        else:
+            layer.note("operator", "", layout)
+            return output
+    if layer.strict:
+        raise PatchError(f"patch: {operator} cannot honour the call of {layer.name!r}: {problem}: {_FIX}")
+    layer.note("dense", problem, layout)
+    return dense()
+
+
+_FIX = "leave the layer out with layers=, or pass strict=False to compute such calls densely (Patch.calls lists them)"
+
+
+def match(layer: Any, queries: int, keys: int) -> tuple[TokenLayout | None, str]:
+    """The layout of a call with so many query and key tokens, or `None` and why it has none."""
+    cell = layer.cell
+    layout = cell.layout
+    if layout is None:
+        return None, cell.reason
+    if layer.image_only:
+        layout = TokenLayout(layout.grid)
+    if cell.open_before or cell.open_after:
+        layout = _opened(layout, cell.open_before, keys)
+        if queries == keys == layout.tokens:
+            return layout, ""
+    if keys == layout.tokens and (queries == keys or queries == layout.image_tokens):
+        return layout, ""
+    return None, (
+        f"got {queries} query and {keys} key tokens where the layout has {layout.tokens} "
+        f"({layout.text_before} before, grid {layout.grid}, {layout.text_after} after)"
+    )
+
+
+def _opened(layout: TokenLayout, before: bool, keys: int) -> TokenLayout:
+    """The layout with as many tokens on its open side as the call has."""
+    if before:
+        rest = keys - layout.image_tokens - layout.text_after
+        return dataclasses.replace(layout, text_before=rest) if rest >= 0 else layout
+    rest = keys - layout.image_tokens - layout.text_before
+    return dataclasses.replace(layout, text_after=rest) if rest >= 0 else layout
+
+
+def _obstacle(dropout_p: float, is_causal: bool, unknown: Sequence[str]) -> str:
+    if is_causal:
+        return "is_causal=True"
+    if dropout_p:
+        return f"dropout_p={dropout_p}"
+    if unknown:
+        return f"argument {unknown[0]!r} is not known to operators"
+    return ""
+
+
+def _is_dense(operator: Any) -> bool:
+    # Dense is what the model does anyway: upstream's own call, with its masks and its backend, bit for bit.
+    return getattr(operator, "operator_name", None) == "dense"
+
+
+def _operate(
+    operator: Any,
+    layer: Any,
+    layout: TokenLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: Any,
+    scale: float | None,
+) -> torch.Tensor:
+    """Call the operator on tensors that all have the layout's tokens and the query's heads."""
+    image_queries = query.shape[1] != layout.tokens
+    options: dict[str, Any] = dict(layer.learned(query))
+    if attn_mask is not None:
+        attn_mask = _honourable_mask(operator, attn_mask)
+    if attn_mask is not None:
+        options["attn_mask"] = _pad_mask(attn_mask, layout) if image_queries else attn_mask
+    if image_queries:
+        query = _pad_queries(query, layout)
+    if key.shape[2] != query.shape[2]:
+        groups = query.shape[2] // key.shape[2]
+        key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
+    output = operator(query, key, value, layout, scale=scale, **options)
+    return output[:, layout.image_slice] if image_queries else output
+
+
+def _honourable_mask(operator: Any, attn_mask: Any) -> torch.Tensor | None:
+    """The mask to pass on; `None` for one that hides nothing."""
+    if not isinstance(attn_mask, torch.Tensor):
+        raise UnsupportedError(f"attn_mask of type {type(attn_mask).__name__}")
+    if accepts_mask(type(operator)):  # type: ignore[arg-type]
+        return attn_mask
+    if not torch.compiler.is_compiling() and hides_nothing(attn_mask):
+        return None
+    raise UnsupportedError(f"attn_mask of shape {tuple(attn_mask.shape)}, and the operator takes none")
+
+
+@functools.cache
+def accepts_mask(operator_class: Any) -> bool:
+    """Whether the operator's `__call__` names `attn_mask`."""
+    return "attn_mask" in inspect.signature(operator_class.__call__).parameters
+
+
+def hides_nothing(attn_mask: torch.Tensor) -> bool:
+    """Whether every key is visible to every query and unbiased (reads the mask: one synchronisation on a GPU)."""
+    return bool(attn_mask.all()) if attn_mask.dtype == torch.bool else not bool(attn_mask.any())
+
+
+def _pad_queries(query: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Zero queries for the text tokens of a call whose queries are the image tokens only."""
+    return torch.nn.functional.pad(query, (0, 0, 0, 0, layout.text_before, layout.text_after))
+
+
+def _pad_mask(attn_mask: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Rows that see everything for the padded queries."""
+    if attn_mask.ndim < 2 or attn_mask.shape[-2] == 1:
+        return attn_mask
+    visible = True if attn_mask.dtype == torch.bool else 0.0
+    return torch.nn.functional.pad(attn_mask, (0, 0, layout.text_before, layout.text_after), value=visible)

@@ -1,0 +1,244 @@
+"""Finding what to patch in diffusers pipelines and models, and planning it layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from vision_attn.errors import PatchError
+from vision_attn.layout import TokenLayout
+from vision_attn.patching.cell import Cell, Switch
+from vision_attn.patching.grids import GivenGrid, GivenLayout
+from vision_attn.patching.installation import Installation, LayoutFunction, forward_arguments
+from vision_attn.patching.layer import Layer
+from vision_attn.patching.layouts import FAMILIES, REFUSED, Family, family_of
+from vision_attn.patching.parameters import initial_parameters
+from vision_attn.patching.report import Skipped
+from vision_attn.patching.routing import Processor, Route, attention_call, is_routed
+from vision_attn.patching.selection import Rule
+from vision_attn.patching.steps import TIMESTEP_NAMES, StepTracker
+
+DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "decoder")
+
+
+def denoisers(target: Any, known_only: bool = True) -> list[tuple[str, nn.Module]]:
+    """The models of a pipeline that denoise, each with a prefix for the names of its layers; or the model itself.
+
+    Args:
+        target: A diffusers pipeline or model.
+        known_only: In a pipeline, take only models whose layout is known (all denoisers if there is none).
+
+    Raises:
+        PatchError: A pipeline without denoiser.
+        NotImplementedError: A timm model.
+        TypeError: Something else.
+    """
+    if isinstance(target, nn.Module):
+        if type(call_module(target)).__module__.startswith("timm."):
+            raise NotImplementedError(
+                f"patch: target must be a diffusers model in this release, got the timm model {type(target).__name__}"
+            )
+        return [("", target)]
+    components = getattr(target, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"patch: target must be a diffusers pipeline or model, got {type(target).__name__}")
+    models = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    found = [(name, part) for name, part in models.items() if _is_denoiser(name, part)]
+    if not found or not known_only:
+        found = [(name, part) for name, part in models.items() if (name, part) in found or name in DENOISER_NAMES]
+    if not found and known_only:
+        raise PatchError(
+            f"patch: target must have a transformer or unet, got {type(target).__name__} with "
+            f"{', '.join(models) or 'no model'}"
+        )
+    return [("" if len(found) == 1 else f"{name}.", part) for name, part in found]
+
+
+def _is_denoiser(name: str, model: nn.Module) -> bool:
+    known = {served for family in FAMILIES for served in family.classes}
+    return "controlnet" not in name and any(cls.__name__ in known for cls in type(call_module(model)).__mro__)
+
+
+def call_module(model: nn.Module) -> nn.Module:
+    """The model inside a `torch.compile` wrapper, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def attention_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules of a model that have an attention processor, with their names."""
+    for name, module in model.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and callable(processor):
+            yield prefix + name.replace("_orig_mod.", ""), module
+
+
+@dataclass
+class Plan:
+    """What patching one model would do; nothing is changed before `install`."""
+
+    installation: Installation
+    routed: list[tuple[nn.Module, Layer]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    scopes: list[tuple[nn.Module, LayoutFunction, Cell]] = field(default_factory=list)
+
+    def install(self) -> Installation:
+        """Put the routed processors in and register the hooks."""
+        for module, layer in self.routed:
+            self.installation.add(module, layer)
+        self.installation.skipped = self.skipped
+        self.installation.watch(self.scopes)
+        return self.installation
+
+
+def plan(
+    prefix: str,
+    target: nn.Module,
+    rules: Sequence[Rule],
+    given: TokenLayout | None,
+    strict: bool,
+    trainable: bool,
+    tracker: StepTracker | None,
+) -> Plan:
+    """Decide for each attention of a model whether it is routed, and where its layout comes from.
+
+    Raises:
+        PatchError: An unknown or refused model, a layer that is patched already, context parallelism, `steps=` on a
+            model without timestep, `grid=` on a model with several grids.
+    """
+    model = call_module(target)
+    if tracker is not None and not set(forward_arguments(model)[0]) & set(TIMESTEP_NAMES):
+        raise PatchError(
+            f"patch: steps must be None for {type(model).__name__}, whose forward takes no timestep, got "
+            f"{tracker.steps}"
+        )
+    family, layout = _family(model, given)
+    cells = _Cells(target, model, family, layout, given)
+    result = Plan(Installation(model, target, Switch(), strict, tracker))
+    routes: list[Route] = []
+    for name, module in attention_modules(model):
+        shown, processor = prefix + name, module.processor
+        rule = next((rule for rule in rules if rule.matches(shown) or rule.matches(name)), None)
+        cell = cells.of(name)
+        reason = "not selected by layers" if rule is None else _skip_reason(family, name, processor, cell)
+        if rule is None or cell is None or reason:
+            result.skipped.append(Skipped(shown, reason))
+            continue
+        layer = Layer(
+            shown,
+            _route(routes, rule.operator),
+            cell,
+            result.installation.switch,
+            _original(shown, processor),
+            strict,
+            image_only=family is not None and any(fnmatchcase(name, pattern) for pattern in family.image_only),
+            in_parts=family is not None and family.in_parts,
+            parameters=initial_parameters(rule.operator),
+            trainable=trainable,
+        )
+        result.routed.append((module, layer))
+    result.scopes = cells.used()
+    return result
+
+
+def _family(model: nn.Module, given: TokenLayout | None) -> tuple[Family | None, LayoutFunction]:
+    if given is None:
+        family = family_of(model)
+        return family, family.layout
+    known = {served for family in FAMILIES for served in family.classes}
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if not any(name in known or name in REFUSED for name in names):
+        return None, GivenLayout(given)
+    family = family_of(model)
+    if family.scope is not None:
+        raise PatchError(
+            f"patch: grid must be None for {type(model).__name__}, whose layers have several grids, got {given.grid}: "
+            "they are read from the feature maps"
+        )
+    return family, GivenLayout(given) if given.text_tokens else GivenGrid(given.grid, family.layout)
+
+
+class _Cells:
+    """One cell per scope; an attention uses that of the nearest enclosing scope."""
+
+    def __init__(
+        self,
+        target: nn.Module,
+        model: nn.Module,
+        family: Family | None,
+        layout: LayoutFunction,
+        given: TokenLayout | None,
+    ) -> None:
+        self._layout = layout
+        self._asked: set[str] = set()
+        open_before = family is None and given is not None and not given.text_tokens
+        open_after = family is not None and family.open_end
+        if family is None or family.scope is None:
+            self._scopes = {"": (target, Cell(open_before=open_before, open_after=open_after))}
+        else:
+            self._scopes = {
+                name.replace("_orig_mod.", ""): (module, Cell(open_after=open_after))
+                for name, module in model.named_modules()
+                if any(cls.__name__ in family.scope for cls in type(call_module(module)).__mro__)
+            }
+
+    def of(self, name: str) -> Cell | None:
+        """The cell for the attention module `name`, `None` when no scope encloses it."""
+        while True:
+            if name in self._scopes:
+                self._asked.add(name)
+                return self._scopes[name][1]
+            if not name:
+                return None
+            name = name.rpartition(".")[0]
+
+    def used(self) -> list[tuple[nn.Module, LayoutFunction, Cell]]:
+        """Scopes that some attention uses."""
+        return [(module, self._layout, cell) for name, (module, cell) in self._scopes.items() if name in self._asked]
+
+
+def _skip_reason(family: Family | None, name: str, processor: Processor, cell: Cell | None) -> str:
+    reason = family.skip_reason(name) if family is not None else None
+    if reason:
+        return reason
+    if attention_call(type(processor)) is None and not is_routed(processor):
+        return f"{type(processor).__name__} makes no attention call that can be routed"
+    if cell is None:
+        return "outside of the blocks that tell a token grid"
+    return ""
+
+
+def _route(routes: list[Route], operator: Any) -> Route:
+    for route in routes:
+        if route.operator is operator or (type(route.operator) is type(operator) and route.operator == operator):
+            return route
+    routes.append(Route(operator))
+    return routes[-1]
+
+
+def _original(name: str, processor: Processor) -> Processor:
+    """The stock processor to come back to.
+
+    Raises:
+        PatchError: The layer is patched, or runs under context parallelism.
+    """
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise PatchError(
+            f"patch: context parallelism must be off, got _parallel_config on {name!r}: patch a model without "
+            "enable_parallelism()"
+        )
+    if not is_routed(processor):
+        return processor
+    if processor.layer is not None and processor.layer.installed:
+        raise PatchError(
+            f"patch: each layer must be patched once, got {name!r}, which has {processor.layer.operator}: remove that "
+            "patch or leave the layer out with layers="
+        )
+    if processor.layer is not None:
+        return processor.layer.original
+    stock = object.__new__(type(processor).stock_class)
+    object.__setattr__(stock, "__dict__", processor.__dict__)
+    return stock

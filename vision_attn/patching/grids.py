@@ -1,0 +1,73 @@
+"""Token layouts given by the user: the argument `grid` of `patch`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision_attn.layout import TokenLayout
+
+LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
+
+
+def check_grid(grid: Any) -> TokenLayout:
+    """Validate `grid` of `patch`.
+
+    Args:
+        grid: `(Y, X)`, `(T, Y, X)` or a TokenLayout.
+
+    Raises:
+        TypeError: None of these.
+        ValueError: An axis below 1, or another number of axes.
+    """
+    if isinstance(grid, TokenLayout):
+        return grid
+    if not isinstance(grid, (tuple, list)) or any(isinstance(n, bool) or not isinstance(n, int) for n in grid):
+        raise TypeError(f"patch: grid must be (Y, X), (T, Y, X) or a TokenLayout, got {grid!r}")
+    if len(grid) not in (2, 3) or min(grid) < 1:
+        raise ValueError(f"patch: grid must be (Y, X) or (T, Y, X) with at least 1 token per axis, got {tuple(grid)}")
+    return TokenLayout(tuple(grid))
+
+
+class GivenLayout:
+    """A layout function that answers the user's layout, whatever the call.
+
+    Args:
+        layout: The layout.
+    """
+
+    def __init__(self, layout: TokenLayout) -> None:
+        self.layout = layout
+
+    def __call__(self, module: nn.Module, call: Mapping[str, Any]) -> TokenLayout:
+        """The layout given."""
+        return self.layout
+
+
+class GivenGrid:
+    """A layout function that takes the grid from the user and the text from the model's family.
+
+    Position ids cannot be read inside a compiled graph; all models that have them put the text first.
+
+    Args:
+        grid: The grid.
+        family_layout: Layout function of the model's family.
+    """
+
+    def __init__(self, grid: tuple[int, ...], family_layout: LayoutFunction) -> None:
+        self.grid = grid
+        self.family_layout = family_layout
+
+    def __call__(self, module: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
+        """The family's layout with the user's grid; `None` if that has another number of tokens."""
+        if torch.compiler.is_compiling() and "img_ids" in call:
+            return TokenLayout(self.grid, text_before=call["encoder_hidden_states"].shape[1])
+        layout = self.family_layout(module, call)
+        given = TokenLayout(self.grid)
+        if layout is None or layout.image_tokens != given.image_tokens:
+            return None
+        return dataclasses.replace(layout, grid=self.grid)

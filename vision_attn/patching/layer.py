@@ -1,0 +1,85 @@
+"""One patched attention layer: what its routed processor needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision_attn.layout import TokenLayout
+from vision_attn.patching.cell import Cell, Switch
+from vision_attn.patching.report import Call
+from vision_attn.patching.routing import Processor, Route
+
+
+@dataclass(eq=False)
+class Layer:
+    """A patched layer. It refers to no module, so that copying a processor does not copy the model.
+
+    Attributes:
+        name: Name of the attention module in the report.
+        route: Routed classes of the layer's operator.
+        cell: The token layout of the current forward, shared by all layers of the scope.
+        switch: Whether operators are active in the current forward, shared by all layers of the model.
+        original: The processor that comes back on removal.
+        strict: Whether a call that the operator cannot honour is an error.
+        image_only: Whether the layer's sequence is the image tokens alone.
+        in_parts: Whether calls without the image are part of the layer's work (`Family.in_parts`).
+        parameters: Learned operator parameters of this layer.
+        trainable: Whether they are registered in the model, by the processor.
+        calls: The calls since the forward (with `steps=`: the run) began.
+        served: Whether the operator has taken a call in this forward.
+        unmatched: Why the layout did not describe a self-attention call of this forward; empty when it did.
+        installed: False after removal: the routed processor then behaves as the stock one.
+    """
+
+    name: str
+    route: Route
+    cell: Cell
+    switch: Switch
+    original: Processor
+    strict: bool = True
+    image_only: bool = False
+    in_parts: bool = False
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    trainable: bool = False
+    calls: list[Call] = field(default_factory=list)
+    served: bool = False
+    unmatched: str = ""
+    installed: bool = True
+
+    @property
+    def operator(self) -> Any:
+        """The operator of this layer."""
+        return self.route.operator
+
+    def make_twin(self) -> Processor:
+        """A routed processor for the layer's current original."""
+        learned = self.trainable and bool(self.parameters)
+        twin = self.route.twin(self.original, self, learned)
+        if learned:
+            for name, parameter in self.parameters.items():
+                twin.register_parameter(name, parameter)
+        return twin
+
+    def learned(self, query: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The learned parameters, on the device of the call."""
+        return {name: parameter.to(query.device) for name, parameter in self.parameters.items()}
+
+    def note(self, kind: str, reason: str, layout: TokenLayout | None) -> None:
+        """List a call. Compiled graphs keep no list: a Python side effect per layer would cost a graph per layer."""
+        if torch.compiler.is_compiling():
+            return
+        self.served = self.served or kind == "operator"
+        call = Call(kind, reason, layout)
+        if call not in self.calls:
+            self.calls.append(call)
+
+    def note_unmatched(self, reason: str, self_attention: bool) -> None:
+        """List a call that the layout does not describe."""
+        if self_attention and not self.in_parts and not torch.compiler.is_compiling():
+            self.unmatched = reason
+        self.note("dense", reason, None)

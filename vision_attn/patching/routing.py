@@ -1,0 +1,289 @@
+"""Run a stock attention processor with only its attention call replaced.
+
+A processor class is subclassed; the subclass runs upstream's own code object over a copy of its globals in which
+`dispatch_attention_fn` (or `F.scaled_dot_product_attention`) is ours. Projections, norms, rotary embeddings and outputs
+stay upstream's, so nothing is copied that an upgrade could outdate, and a class that stops calling those names is
+reported instead of silently missed.
+
+There is one subclass per (stock class, operator), never one per layer: torch.compile then needs one graph per kind of
+block. What differs between layers is in the `layer` slot of the instance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import copyreg
+import functools
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision_attn.patching.call import attend
+
+Processor = Any
+"""An instance of a diffusers attention processor class."""
+
+
+class Overlay:
+    """A namespace that differs from `base` in a few names only."""
+
+    def __init__(self, base: Any, **names: Any) -> None:
+        self.__dict__.update(names, _base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
+
+
+def with_globals(function: Any, **names: Any) -> Any:
+    """The same code object, signature and closure over other globals: a snapshot of today's, with `names` changed."""
+    twin = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__annotations__ = function.__annotations__
+    twin.__doc__ = function.__doc__
+    return twin
+
+
+def attention_call(stock: type) -> str | None:
+    """Name of the attention function that `stock.__call__` calls directly; `None` when there is none to replace."""
+    code = getattr(getattr(stock, "__call__", None), "__code__", None)  # noqa: B004 - the function, not the fact
+    for name in ("dispatch_attention_fn", "scaled_dot_product_attention"):
+        if code is not None and name in code.co_names:
+            return name
+    return None
+
+
+def stock_class(processor: Processor) -> type:
+    """The diffusers class of a processor, routed or not."""
+    return getattr(type(processor), "stock_class", type(processor))
+
+
+def is_routed(processor: Processor) -> bool:
+    """Whether the processor is one of ours (its patch may have been removed since)."""
+    return "stock_class" in vars(type(processor))
+
+
+class _Running(threading.local):
+    """The layer whose processor is running in this thread: the replaced function has no other way to know it."""
+
+    layer: Any = None
+
+
+class Route:
+    """The routed processor classes of one operator in one model.
+
+    Args:
+        operator: The operator object that takes the attention calls.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        self._classes: dict[tuple[type, bool], type] = {}
+        # diffusers looks processors up by exact class; the entries end with the last user of this route.
+        weakref.finalize(self, _forget_metadata, self._classes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Route:
+        return Route(self.operator)
+
+    def routed(self, stock: type, learned: bool = False) -> type:
+        """The subclass of processor class `stock`; with `learned`, one that can hold parameters (an `nn.Module`)."""
+        key = (stock, learned and not issubclass(stock, nn.Module))
+        if key not in self._classes:
+            self._classes[key] = _routed_class(stock, self.operator, key[1])
+            _copy_metadata(stock, self._classes[key])
+        return self._classes[key]
+
+    def twin(self, processor: Processor, layer: Any, learned: bool = False) -> Processor:
+        """A routed stand-in for `processor`.
+
+        It shares the attributes of the original (`_attention_backend`, IP-Adapter scales and weights), so that a change
+        to either is seen by both.
+        """
+        twin: Any = object.__new__(self.routed(type(processor), learned))
+        if isinstance(twin, nn.Module) and not isinstance(processor, nn.Module):
+            nn.Module.__init__(twin)
+            twin.__dict__.update(processor.__dict__)
+        else:
+            object.__setattr__(twin, "__dict__", processor.__dict__)
+        object.__setattr__(twin, "layer", layer)
+        return twin
+
+
+def _routed_class(stock: Any, operator: Any, learned: bool) -> type:
+    running = _Running()
+    stock_call = stock.__call__
+    routed_call = with_globals(stock_call, **_replaced_names(stock_call, attention_call(stock), operator, running))
+
+    # diffusers passes the arguments that the signature names and drops all others.
+    @functools.wraps(stock_call)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if layer is None or not layer.installed:
+            return stock_call(self, *args, **kwargs)
+        outer, running.layer = running.layer, layer
+        try:
+            return routed_call(self, *args, **kwargs)
+        finally:
+            running.layer = outer
+
+    body = {
+        "__call__": call,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__slots__": ("layer",),
+        "__new__": _new,
+        "__reduce__": _reduce,
+        "__reduce_ex__": _reduce,
+        "__copy__": _copy,
+        "__deepcopy__": _deepcopy,
+        "stock_class": stock,
+    }
+    bases = (stock, nn.Module) if learned else (stock,)
+    return types.new_class(stock.__name__, bases, {}, lambda namespace: namespace.update(body))
+
+
+def _replaced_names(stock_call: Any, name: str | None, operator: Any, running: Any) -> dict[str, Any]:
+    namespace = stock_call.__globals__
+    if name == "dispatch_attention_fn":
+        return {name: _dispatch(namespace[name], operator, running)}
+    if name == "scaled_dot_product_attention":
+        # Processors spell it F.scaled_dot_product_attention or torch.nn.functional.scaled_dot_product_attention.
+        functional = Overlay(nn.functional, scaled_dot_product_attention=_sdpa(operator, running))
+        network = Overlay(nn, functional=functional)
+        spellings = {"F": functional, "nn": network, "torch": Overlay(torch, nn=network)}
+        genuine = {"F": nn.functional, "nn": nn, "torch": torch}
+        names = {key: value for key, value in spellings.items() if namespace.get(key) is genuine[key]}
+        if namespace.get(name) is nn.functional.scaled_dot_product_attention:
+            names[name] = functional.scaled_dot_product_attention
+        return names
+    raise TypeError(f"{stock_call.__qualname__} makes no attention call that can be replaced")
+
+
+def _dispatch(stock: Callable[..., torch.Tensor], operator: Any, running: Any) -> Callable[..., torch.Tensor]:
+    """A stand-in for `dispatch_attention_fn`: tensors `[B, S, H, D]`."""
+
+    def dispatch_attention_fn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: Any = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        def dense() -> torch.Tensor:
+            return stock(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, **others
+            )
+
+        if attn_mask is not None and getattr(attn_mask, "ndim", 0) == 2:
+            attn_mask_4d = attn_mask[:, None, None, :]  # [B, S_k] in dispatch_attention_fn, [S_q, S_k] in SDPA
+        else:
+            attn_mask_4d = attn_mask
+        parallel = others.get("parallel_config")
+        unknown = [name for name in others if name not in ("backend", "parallel_config")]
+        if attention_kwargs:
+            unknown.append("attention_kwargs")
+        return attend(
+            operator,
+            running.layer,
+            query,
+            key,
+            value,
+            attn_mask_4d,
+            dropout_p,
+            is_causal,
+            scale,
+            unknown,
+            parallel,
+            dense,
+        )
+
+    return dispatch_attention_fn
+
+
+def _sdpa(operator: Any, running: Any) -> Callable[..., torch.Tensor]:
+    """A stand-in for `torch.nn.functional.scaled_dot_product_attention`: tensors `[B, H, S, D]`."""
+
+    def scaled_dot_product_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        def dense() -> torch.Tensor:
+            grouped = {"enable_gqa": True} if enable_gqa else {}
+            output = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped
+            )
+            return output.transpose(1, 2) if output.ndim == 4 else output
+
+        if query.ndim != 4:  # no batch or no heads: nothing that a layout describes
+            return dense()
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output = attend(operator, running.layer, q, k, v, attn_mask, dropout_p, is_causal, scale, [], None, dense)
+        return output.transpose(1, 2)
+
+    return scaled_dot_product_attention
+
+
+def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
+    # diffusers makes processors again with `value.__class__()`: such an instance has no layer until the next forward.
+    instance: Any = object.__new__(cls)
+    object.__setattr__(instance, "layer", None)
+    return instance
+
+
+def _reduce(self: Any, protocol: int = 2) -> Any:
+    # A pickle holds the stock processor and must load where this package is not installed: only the standard library's
+    # own reconstructor may be named in it.
+    return copyreg._reconstructor, (type(self).stock_class, object, None), self.__dict__  # type: ignore[attr-defined]
+
+
+def _copy(self: Any) -> Any:
+    twin = object.__new__(type(self))
+    object.__setattr__(twin, "__dict__", dict(self.__dict__))
+    object.__setattr__(twin, "layer", self.layer)
+    return twin
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    layer = copy.deepcopy(self.layer, memo)
+    if layer is None:
+        return _new(type(self))
+    return layer.twin_of_copy(self, memo)
+
+
+def _copy_metadata(stock: type, routed: type) -> None:
+    """Guiders that skip layers look processors up by exact class."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+
+    with contextlib.suppress(ValueError):  # not registered either
+        Registry.register(routed, Registry.get(stock))
+
+
+def _forget_metadata(classes: dict[tuple[type, bool], type]) -> None:
+    helpers = sys.modules.get("diffusers.hooks._helpers")
+    for routed in classes.values():
+        if helpers is not None:
+            helpers.AttentionProcessorRegistry._registry.pop(routed, None)

@@ -1,0 +1,205 @@
+"""Swapping attention: `patch`, `unpatch` and the `Patch` they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision_attn.errors import PatchError
+from vision_attn.patching.diffusers import attention_modules, call_module, denoisers, plan
+from vision_attn.patching.grids import check_grid
+from vision_attn.patching.installation import Installation, installations
+from vision_attn.patching.report import Call, Routed, Skipped, table
+from vision_attn.patching.selection import make_rules, require_matches
+from vision_attn.patching.steps import StepTracker, check_steps
+
+
+class Patch:
+    """Attention operators in a model or pipeline; a context manager that removes them on exit.
+
+    Attributes:
+        routed: The patched layers, each with `.name` and `.operator`.
+        skipped: Attention that was left alone, each with `.name` and `.reason`.
+    """
+
+    def __init__(self, installed: Iterable[Installation]) -> None:
+        self._installations = list(installed)
+
+    @property
+    def routed(self) -> list[Routed]:
+        """Layers whose attention goes to an operator: `.name`, `.operator`."""
+        return [
+            Routed(layer.name, layer.operator)
+            for installation in self._installations
+            for layer in installation.layers
+            if layer.name not in installation.lost
+        ]
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Attention layers left as they are, and layers that have lost their operator since: `.name`, `.reason`."""
+        return [
+            skipped
+            for installation in self._installations
+            for skipped in [
+                *installation.skipped,
+                *(Skipped(name, reason) for name, reason in installation.lost.items()),
+            ]
+        ]
+
+    @property
+    def calls(self) -> dict[str, list[Call]]:
+        """Attention calls of the last forward (with `steps=`: of the last run) by layer: `.kind`, `.reason`, `.layout`.
+
+        Layers inside compiled graphs list nothing.
+        """
+        return {
+            layer.name: list(layer.calls)
+            for installation in self._installations
+            for layer in installation.layers
+            if layer.calls
+        }
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Learned parameters of the operators, layer by layer."""
+        yield from (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Learned parameters with their keys, `<attention module>.processor.<name>`."""
+        for installation in self._installations:
+            for layer in installation.layers:
+                for name, parameter in layer.parameters.items():
+                    yield f"{layer.name}.processor.{name}", parameter
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Learned parameters by key, detached."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Copy learned parameters from a dict with the keys of `state_dict()`.
+
+        Raises:
+            KeyError: Missing or unexpected keys.
+            ValueError: A tensor of another shape.
+        """
+        own = dict(self.named_parameters())
+        missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        if missing or unexpected:
+            raise KeyError(
+                f"load_state_dict: state_dict must have the keys of this patch, got missing {missing[:3]} and "
+                f"unexpected {unexpected[:3]}: compare with Patch.state_dict()"
+            )
+        for name, parameter in own.items():
+            if parameter.shape != state_dict[name].shape:
+                raise ValueError(
+                    f"load_state_dict: {name} must have shape {tuple(parameter.shape)}, got "
+                    f"{tuple(state_dict[name].shape)}"
+                )
+        for name, parameter in own.items():
+            parameter.copy_(state_dict[name])
+
+    def remove(self) -> None:
+        """Put the original attention back; calling it again does nothing."""
+        for installation in self._installations:
+            installation.remove()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __str__(self) -> str:
+        calls = self.calls
+        rows: list[tuple[str, ...]] = [
+            (layer.name, str(layer.operator), _calls_text(calls.get(layer.name, []))) for layer in self.routed
+        ]
+        rows += [(layer.name, "-", layer.reason) for layer in self.skipped]
+        return table(rows, ("layer", "operator", "calls"))
+
+
+def patch(
+    target: Any,
+    op: Any = None,
+    *,
+    layers: Any = None,
+    steps: Any = None,
+    grid: Any = None,
+    strict: bool = True,
+    trainable: bool = False,
+) -> Patch:
+    """Swap the spatial self- and joint attention of a diffusers pipeline or model for an operator.
+
+    Each attention keeps its projections, norms and positions; only the attention call itself goes to `op`. Weights,
+    LoRA, offloading, gradient checkpointing and saving work as on the stock model.
+
+    Args:
+        target: A diffusers pipeline, transformer or UNet.
+        op: An operator object such as `va.Clear(radius=8)`; left out when `layers` is a dict.
+        layers: `None` for every self- and joint attention, a glob or list of globs on module names, a predicate on
+            names, or `{glob: operator}`, of which the first match counts.
+        steps: Range or set of denoising steps (the first is 0) in which the operator is active; dense otherwise.
+        grid: Token grid `(Y, X)` or `(T, Y, X)` for a model whose layout is not known or cannot be read in a compiled
+            graph. The image tokens are taken to be the last of the sequence; a `TokenLayout` says otherwise.
+        strict: Raise when a self-attention call cannot go to its operator (a mask it refuses, causal or dropped-out
+            attention), after a forward in which a layer's self-attention never had the tokens of its layout or no
+            operator was called at all, and when a layer lost its processor to another. With `False` such calls are
+            dense and listed in `Patch.calls`. Cross-attention stays dense in both cases.
+        trainable: Register learned operator parameters in the model, so that its optimizers and state dict have them.
+
+    Returns:
+        The patch: a report, and a context manager that removes it.
+
+    Raises:
+        PatchError: Nothing to route, an unknown or refused model, a layer that is patched already, context parallelism.
+        TypeError, ValueError: An argument that is none of the above.
+        NotImplementedError: A timm model.
+
+    Example:
+        >>> import diffusers, torch, vision_attn as va
+        >>> model = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
+        >>> with va.patch(model, va.Dense()) as p:
+        ...     [layer.name for layer in p.routed]
+        ['transformer_blocks.0.attn1']
+    """
+    rules = make_rules(op, layers)
+    given = None if grid is None else check_grid(grid)
+    numbers = None if steps is None else check_steps(steps)
+    models = denoisers(target)
+    require_matches(
+        rules, [name for prefix, model in models for name, _ in attention_modules(call_module(model), prefix)]
+    )
+    pipeline = target if not isinstance(target, nn.Module) else None
+    tracker = None if numbers is None else StepTracker(numbers, pipeline)
+    plans = [plan(prefix, model, rules, given, strict, trainable, tracker) for prefix, model in models]
+    if not any(planned.routed for planned in plans):
+        reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for planned in plans for skipped in planned.skipped[:3])
+        raise PatchError(
+            f"patch: layers must leave at least one attention to route, got none: {reasons or 'no attention'}"
+        )
+    return Patch(planned.install() for planned in plans if planned.routed or len(plans) == 1)
+
+
+def unpatch(target: Any) -> None:
+    """Remove every patch of a pipeline or model; the identical original processors are back.
+
+    Args:
+        target: What was patched; an unpatched target is left as it is.
+
+    Raises:
+        TypeError: Not a pipeline or model.
+    """
+    for _, model in denoisers(target, known_only=False):
+        for installation in reversed(installations(model) + installations(call_module(model))):
+            installation.remove()
+
+
+def _calls_text(calls: list[Call]) -> str:
+    return ", ".join(f"{call.kind}{f' ({call.reason})' if call.reason else ''}" for call in calls)

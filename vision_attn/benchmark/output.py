@@ -1,4 +1,4 @@
-"""Writing results: files that are whole or absent, and text tables."""
+"""Writing results: files that are whole or absent, pictures, and text tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_FRAMES_PER_SECOND = 8
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
@@ -40,6 +46,40 @@ def write_json(path: Path, content: Any) -> Path:
 def to_json(content: Any) -> str:
     """Standard JSON: infinities become strings and NaN null, which strict readers would refuse as numbers."""
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def picture_format(path: Path) -> str:
+    """PIL's name of the format that the ending of `path` stands for.
+
+    Raises:
+        ValueError: an ending that PIL cannot write.
+    """
+    Image.init()
+    name = Image.EXTENSION.get(path.suffix.lower())
+    if name not in Image.SAVE:
+        raise ValueError(f"picture_format: out must end in .png, .jpg, .webp or .gif, got {str(path)!r}")
+    return str(name)
+
+
+def write_picture(path: Path, image: NDArray[np.float32]) -> Path:
+    """Write an image, or the frames of a video as an animation.
+
+    Args:
+        path: Its ending tells the format.
+        image: `[Y, X, C]` or `[T, Y, X, C]` in `[0, 1]`.
+
+    Raises:
+        ValueError: an ending that PIL cannot write, or a video for a format without animation.
+    """
+    form = picture_format(path)
+    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    if image.ndim == 3:
+        return write_whole(path, lambda file: Image.fromarray(pixels).save(file, format=form))
+    if form not in Image.SAVE_ALL:
+        raise ValueError(f"write_picture: out must end in .gif, .webp or .png for a video, got {str(path)!r}")
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    options = {"save_all": True, "append_images": others, "duration": 1000 // _FRAMES_PER_SECOND, "loop": 0}
+    return write_whole(path, lambda file: first.save(file, format=form, **options))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

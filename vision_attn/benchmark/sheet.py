@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vision_attn.benchmark.compare import Comparison, Row
 from vision_attn.benchmark.palette import ATTENTION, CARD, EDGE, GOOD, INK, MUTED, PAGE, REST, Colour, heat
+from vision_attn.benchmark.summary import decibels, flops, mebibytes
 
 # All in pixels of the sheet.
 _MARGIN = 44
@@ -124,25 +125,6 @@ class _Card:
             draw.rounded_rectangle((x, y, x + attention, y + _BAR), radius=5, fill=ATTENTION)
         _text(draw, (x, y + _BAR + 6), f"attention {self.row.attention_share:.0%}", 16, ATTENTION)
         _text(draw, (x + _PICTURE, y + _BAR + 6), "the rest", 16, MUTED, anchor="ra")
-
-
-def decibels(value: float) -> str:
-    """`"31.4 dB"`, or `"identical"`."""
-    return "identical" if math.isinf(value) else f"{value:.1f} dB"
-
-
-def mebibytes(count: int | None) -> str:
-    """`"512 MiB"`, or `"not measured"`."""
-    return "not measured" if count is None else f"{count / 2**20:.0f} MiB"
-
-
-def flops(count: int | None) -> str:
-    """`"1.23 TFLOP"` with a fitting prefix, or `"unknown"`."""
-    if count is None:
-        return "unknown"
-    prefixes = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    scale, prefix = next((pair for pair in prefixes if count >= pair[0]), (1e6, "M"))
-    return f"{count / scale:.3g} {prefix}FLOP"
 
 
 def _share_of(count: int | None, dense: int | None, stock: bool) -> str:

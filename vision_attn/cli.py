@@ -1,0 +1,339 @@
+"""The command `vision-attn`: compare, generate, bench, operators, backends, verify.
+
+Commands are thin: they read what the user typed, call the library and print. Everything heavy is imported inside them,
+so that `vision-attn --help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from vision_attn.benchmark.generation import Request
+
+# Whatever typer builds on, a wrong option or value is a BadParameter or its base.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_DTYPES = ("float32", "float16", "bfloat16")
+_DEFAULT_OPERATORS = ["dense", "clear(radius=8)", "neighborhood(kernel_size=13)"]
+
+app = typer.Typer(
+    name="vision-attn",
+    help="Local attention for diffusers and timm: exact windows, any device, and a picture of the difference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Option(help="shapes-flux (comes with the package), a pipeline's folder, or a Hub id.")]
+Prompt = Annotated[str, typer.Option(help="What to draw. Default: the model's own example.")]
+Seed = Annotated[int, typer.Option(help="Seed of the starting latents.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="YxX", help="Image size in pixels, height x width: 256x384 is wide. Default: the model's."),
+]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames, for a video pipeline. Default: the pipeline's.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}. Default: float32 on the CPU, bfloat16 on a GPU.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def compare(
+    model: Model = "shapes-flux",
+    prompt: Prompt = "",
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPERATOR ...",
+            help="Operators, as `vision-attn operators` lists them: --ops dense 'clear(radius=8)'. The stock pipeline "
+            f"(dense) is always measured too. [default: {' '.join(_DEFAULT_OPERATORS)}]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    frames: Frames = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed images per operator, taken in turns; the median counts.")
+    ] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="Images per operator before those, not timed.")] = 1,
+    device: Device = "",
+    dtype: Dtype = "",
+    out: Annotated[Path, typer.Option(help="Folder for compare.png and compare.json.")] = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Draw one prompt with several attentions: a picture sheet, and time, memory and fidelity of each."""
+    import vision_attn as va
+    from vision_attn.benchmark.compare import compare as run
+    from vision_attn.benchmark.compare import runs_of
+    from vision_attn.benchmark.output import to_json, write_json, write_whole
+    from vision_attn.benchmark.scoring import scorer
+    from vision_attn.benchmark.sheet import draw_sheet
+    from vision_attn.benchmark.summary import comparison_table
+
+    operators = [va.parse(text) for text in ops or _DEFAULT_OPERATORS]
+    request = _request(prompt, seed, size, steps, guidance, frames)
+    pipe, request = _loaded(model, request, device, dtype)
+    with _progress(runs_of(operators, repeats=repeats, warmup=warmup), "image") as on_run:
+        comparison = run(
+            pipe,
+            operators,
+            request,
+            model=model,
+            repeats=repeats,
+            warmup=warmup,
+            score=scorer(request.prompt),
+            on_run=on_run,
+        )
+    picture = write_whole(out / "compare.png", lambda file: draw_sheet(comparison).save(file, format="PNG"))
+    write_json(out / "compare.json", comparison.to_dict())
+    typer.echo(to_json(comparison.to_dict()) if as_json else comparison_table(comparison), nl=not as_json)
+    typer.echo(f"\nThe picture: {picture}", err=as_json)
+
+
+@app.command()
+def generate(
+    model: Model = "shapes-flux",
+    prompt: Prompt = "",
+    op: Annotated[str, typer.Option(help="The attention operator; `vision-attn operators` lists them.")] = "dense",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB ...", help="Only attention layers with such a name, e.g. 'transformer_blocks.*'."),
+    ] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    frames: Frames = None,
+    device: Device = "",
+    dtype: Dtype = "",
+    out: Annotated[Path, typer.Option(help="The picture; of a video an animated .gif or .webp.")] = Path(
+        "out/image.png"
+    ),
+) -> None:
+    """Draw one image with one attention operator."""
+    import vision_attn as va
+    from vision_attn.benchmark.generation import generate as run
+    from vision_attn.benchmark.output import picture_format, write_picture
+
+    operator = va.parse(op)
+    picture_format(out)
+    request = _request(prompt, seed, size, steps, guidance, frames)
+    pipe, request = _loaded(model, request, device, dtype)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    with va.patch(pipe, operator, layers=layers):
+        image = run(pipe, request)
+    typer.echo(f"The picture: {write_picture(out, image)}")
+
+
+@app.command()
+def bench(
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPERATOR ...",
+            help="clear(radius=R) or neighborhood(kernel_size=K). [default: the three standard cases, the growth from "
+            "64x64 to 128x128 tokens and the memory at 192x192]",
+            show_default=False,
+        ),
+    ] = None,
+    grid: Annotated[str, typer.Option(metavar="YxX", help="Token grid for --ops, rows x columns.")] = "64x64",
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Channels per head.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 7,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before, not timed.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
+    flex: Annotated[
+        bool, typer.Option(help="Compiled FlexAttention as a rival; needs a C++ compiler on the CPU.")
+    ] = True,
+    device: Device = "",
+    dtype: Dtype = "",
+    as_json: Json = False,
+) -> None:
+    """Time one attention call against dense SDPA and compiled FlexAttention, after checking every result."""
+    import torch
+
+    import vision_attn as va
+    from vision_attn.benchmark.attention_bench import STANDARD_CASES, Case, bench_report
+    from vision_attn.benchmark.output import to_json
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = _device(device)
+    own = [Case(va.parse(text), parse_size(grid, "--grid"), heads, head_dim) for text in ops or ()]
+    cases = own or [replace(case, heads=heads, head_dim=head_dim) for case in STANDARD_CASES]
+    with _progress(None, "run") as on_run:
+        report = bench_report(
+            cases,
+            repeats=repeats,
+            warmup=warmup,
+            device=place,
+            dtype=_dtype(dtype, place),
+            flex=flex,
+            scaling=not own,
+            on_run=on_run,
+        )
+    typer.echo(to_json(report.to_dict()) if as_json else str(report), nl=not as_json)
+
+
+@app.command()
+def operators(as_json: Json = False) -> None:
+    """List the attention operators and how to write them."""
+    from vision_attn.benchmark.listing import operator_rows
+    from vision_attn.benchmark.output import table, to_json
+
+    rows = operator_rows()
+    if as_json:
+        typer.echo(to_json(rows), nl=False)
+    else:
+        typer.echo(table(["operator", "what it does"], [[row["form"], row["summary"]] for row in rows]))
+
+
+@app.command()
+def backends(as_json: Json = False) -> None:
+    """List the backends: which can be used here, and why others cannot."""
+    from vision_attn.benchmark.listing import backend_rows
+    from vision_attn.benchmark.output import table, to_json
+
+    rows = backend_rows()
+    if as_json:
+        typer.echo(to_json(rows), nl=False)
+    else:
+        cells = [[row["name"], "yes" if row["available"] else "no", row["reason"]] for row in rows]
+        typer.echo(table(["backend", "usable here", "why"], cells))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with 0, 1 (a check failed), 2 (a user's mistake) or 130 (Ctrl-C).
+
+    Args:
+        arguments: What follows the program's name; None takes them from the process.
+    """
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sys.exit(app(_spread(typed), prog_name="vision-attn", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("vision-attn: interrupted, nothing was written", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("VISION_ATTN_TRACEBACK") or not _is_users_mistake(error):
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        typer.echo(f"vision-attn: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    """Whether it is one of the kinds that this package raises for what it was given (a bug may raise them as well).
+
+    VISION_ATTN_TRACEBACK=1 in the environment shows where it came from.
+    """
+    import vision_attn as va
+
+    kinds = (_UsageError, va.PatchError, ValueError, TypeError, ImportError, OSError, NotImplementedError)
+    return isinstance(error, kinds)
+
+
+@contextlib.contextmanager
+def _progress(total: int | None, unit: str) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error; gives the function that moves it on and names what was done."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True) as bar:
+
+        def on_run(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        yield on_run
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """`--ops a b` as `--ops a --ops b`: the parser knows options with one value only."""
+    spread: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument in ("--ops", "--layers", "--cases"):
+            option = argument
+        elif argument.startswith("-") or option is None:
+            option = None
+            spread.append(argument)
+        else:
+            spread += [option, argument]
+    # An option that nothing followed is left for the parser to complain about.
+    return [*spread, option] if arguments and arguments[-1] == option else spread
+
+
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
+    """`"256x384"` as (rows, columns).
+
+    Args:
+        text: Height x width.
+        option: Named in the error.
+
+    Raises:
+        ValueError: other text, or a zero.
+    """
+    match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", text.strip())
+    if match is None:
+        raise ValueError(f"{option} must be HEIGHTxWIDTH such as 256x384, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _request(
+    prompt: str, seed: int, size: str | None, steps: int | None, guidance: float | None, frames: int | None
+) -> Request:
+    from vision_attn.benchmark.generation import Request
+
+    height, width = (None, None) if size is None else parse_size(size)
+    return Request(prompt, seed, height, width, steps, guidance, frames)
+
+
+def _loaded(model: str, request: Request, device: str, dtype: str) -> tuple[Any, Request]:
+    """The pipeline, and the request with the model's own defaults in it."""
+    from vision_attn.pipelines.loading import load_pipeline, run_defaults
+
+    request = request.filled_from(run_defaults(model))
+    if not request.prompt:
+        raise ValueError(f"--prompt must be given, since {model!r} brings no example of its own")
+    place = _device(device)
+    return load_pipeline(model, device=place, dtype=_dtype(dtype, place)), request
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device must be one that this machine has, got {name!r}: torch sees no GPU, use cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    name = name or ("float32" if device.type == "cpu" else "bfloat16")
+    if name not in _DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return getattr(torch, name)

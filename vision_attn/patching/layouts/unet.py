@@ -33,7 +33,7 @@ def _unet_block(block: Any, call: Mapping[str, Any]) -> TokenLayout | None:
 
 
 def _kandinsky3(block: Any, call: Mapping[str, Any]) -> TokenLayout | None:
-    """Pixels; a block that is given text attends to text alone."""
+    """Pixels; only the first attention of a level is without text."""
     return TokenLayout(tuple(call["x"].shape[-2:])) if call["context"] is None else None
 
 
@@ -104,7 +104,10 @@ UNET_FAMILIES: tuple[Family, ...] = (
         ("Kandinsky3UNet",),
         _kandinsky3,
         scope=("Kandinsky3AttentionBlock",),
-        skip=(("add_time_condition.*", "attention pooling of text"),),
+        skip=(
+            ("add_time_condition.*", "attention pooling of text"),
+            ("*.attentions.[1-9]*.attention", CROSS_ATTENTION),
+        ),
     ),
     Family("stable_cascade", ("StableCascadeUNet",), _stable_cascade, scope=("SDCascadeAttnBlock",)),
     Family(

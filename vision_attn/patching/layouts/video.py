@@ -229,7 +229,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
     Family("ltx", ("LTXVideoTransformer3DModel",), _ltx, skip=(_TEXT_CROSS,)),
     Family(
         "ltx2",
-        ("LTX2VideoTransformer3DModel", "SanaWMLTX2RefinerTransformer3DModel"),
+        ("LTX2VideoTransformer3DModel",),
         _ltx2,
         skip=(_TEXT_CROSS, *_AUDIO),
     ),
@@ -264,8 +264,15 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
     Family("easyanimate", ("EasyAnimateTransformer3DModel",), _easyanimate),
     Family("cosmos", ("CosmosTransformer3DModel",), _wan, skip=(_TEXT_CROSS,)),
     Family("cosmos_controlnet", ("CosmosControlNetModel",), _cosmos_controlnet, skip=(_TEXT_CROSS,)),
-    Family("cosmos3", ("Cosmos3OmniTransformer",), _cosmos3),
-    Family("motif_video", ("MotifVideoTransformer3DModel",), _motif, skip=(("*.cross_attn", CROSS_ATTENTION),)),
+    Family("cosmos3", ("Cosmos3OmniTransformer",), _cosmos3, in_parts=True),
+    # The decoder blocks attend to the video twice, noisy and encoded: no grid describes that, they stay dense.
+    Family(
+        "motif_video",
+        ("MotifVideoTransformer3DModel",),
+        _motif,
+        skip=(("*.cross_attn", CROSS_ATTENTION),),
+        in_parts=True,
+    ),
     Family(
         "minimax_h3",
         ("MiniMaxH3Transformer3DModel",),
@@ -283,6 +290,8 @@ REFUSED_VIDEO: dict[str, str] = {
     "Kandinsky6SRTransformer3DModel": _BLOCK_MASK.format("tokens ordered in 8x8 tiles"),
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMTransformer3DModel": _LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": "its queries are a part of a video whose other frames are cached keys, and "
+    "its arguments hold no grid",
     "TransformerTemporalModel": "its attention runs over time for each pixel and has no spatial grid",
 }
 

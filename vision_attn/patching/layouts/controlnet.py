@@ -9,7 +9,6 @@ from typing import Any
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.layouts.family import Family
 from vision_attn.patching.layouts.image import (
-    _Z_IMAGE_MULTIPLE,
     CROSS_ATTENTION,
     TEXT_ONLY,
     _flux,
@@ -44,7 +43,7 @@ CONTROLNET_FAMILIES: tuple[Family, ...] = (
         _z_image,
         skip=(("context_refiner.*", TEXT_ONLY),),
         image_only=("noise_refiner.*", "control_noise_refiner.*"),
-        image_multiple=_Z_IMAGE_MULTIPLE,
+        open_end=True,
     ),
 )
 

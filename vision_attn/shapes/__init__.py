@@ -1,0 +1,1 @@
+"""The embedded model `shapes-flux`: its scenes, detector, architecture, training and evaluation."""

@@ -1,0 +1,232 @@
+"""The embedded model: a stock diffusers `FluxPipeline`, small enough to ship with the package.
+
+Every component is the class that FLUX.1 uses, with small widths, so that code written for FLUX runs on it unchanged:
+`FluxTransformer2DModel` (packed 2x2 latents, rotary position ids, joint then single blocks), `CLIPTextModel` (pooled
+vector), `T5EncoderModel` (token sequence), `FlowMatchEulerDiscreteScheduler` and `AutoencoderTiny`.
+
+The autoencoder is not trained. A stock `AutoencoderTiny` that halves the resolution cannot be lossless: a picture whose
+columns alternate gives constant latents, and its decoder maps constant latents to a constant picture because it only
+resizes and convolves. So its latents are the exact means of 2x2 pixels, standardised, and decoding resizes them
+bicubically. Flat shapes lose nothing but half a pixel of sharpness, and one token (2x2 latents) holds 4x4 pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+PIXELS_PER_TOKEN = 4
+MAX_SEQUENCE_LENGTH = 24
+SETTINGS_FILE = "vision_attn.json"
+# Statistics of rendered scenes, per color channel in [0, 1].
+_MEAN = (0.85, 0.82, 0.78)
+_STD = 0.22
+# Latents leave the encoder this much smaller, so that the decoder's `3 * tanh(x / 3)` is the identity to 1e-3.
+_SCALING_FACTOR = 32.0
+
+
+def words() -> list[str]:
+    """Every word of the caption grammar, sorted."""
+    return sorted(
+        {"a", "an", "and", "on", "background", *" ".join([*COLORS, *SHAPES, *SIZES, *BACKGROUNDS, *RELATIONS]).split()}
+    )
+
+
+def build_autoencoder() -> AutoencoderTiny:
+    """An `AutoencoderTiny` of stride 2 whose encoder is the 2x2 mean and whose decoder is bicubic resizing."""
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(
+        latent_channels=3,
+        encoder_block_out_channels=(3, 3),
+        decoder_block_out_channels=(3, 3),
+        num_encoder_blocks=(0, 0),
+        num_decoder_blocks=(0, 0),
+        upsample_fn="bicubic",
+        scaling_factor=_SCALING_FACTOR,
+    )
+    mean, scale, identity = torch.tensor(_MEAN), _STD * _SCALING_FACTOR, torch.eye(3)
+    first, halve, standardise = (layer for layer in vae.encoder.layers if isinstance(layer, nn.Conv2d))
+    restore, smooth, last = (layer for layer in vae.decoder.layers if isinstance(layer, nn.Conv2d))
+    with torch.no_grad():
+        _set_pointwise(first, identity)
+        # Stride 2 with padding 1 centres the kernel on the even pixels: taps 1 and 2 are the pixels of one 2x2 block.
+        halve.weight[:] = 0
+        halve.weight[:, :, 1:, 1:] = identity[:, :, None, None] / 4
+        _set_pointwise(standardise, identity / scale, -mean / scale)
+        _set_pointwise(restore, identity * scale, mean)
+        _set_pointwise(smooth, identity)
+        _set_pointwise(last, identity)
+    return vae.eval()
+
+
+def _set_pointwise(layer: nn.Conv2d, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Makes a 3x3 convolution the per-pixel map `matrix @ color + bias`."""
+    layer.weight[:] = 0
+    layer.weight[:, :, 1, 1] = matrix
+    if layer.bias is not None:
+        layer.bias[:] = 0 if bias is None else bias
+
+
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """A `CLIPTokenizer` whose byte-pair merges make one token of every word of the grammar."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [*"abcdefghijklmnopqrstuvwxyz.,"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    trained.train_from_iterator([" ".join([*words(), *letters])] * 2, trainer)
+    state = json.loads(trained.to_str())["model"]
+    vocabulary = dict(state["vocab"])
+    for token in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[token] = len(vocabulary)
+    merges = [tuple(merge) for merge in state["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_SEQUENCE_LENGTH)
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """A `T5Tokenizer` with one piece per word of the grammar; any other word is `<unk>`."""
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (",", -2.0), (".", -2.0)]
+    pieces += [(f"\u2581{word}", -2.0) for word in ["A", "An", *words()]]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_SEQUENCE_LENGTH)
+
+
+def build_text_encoders(
+    clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer
+) -> tuple[CLIPTextModel, T5EncoderModel]:
+    """Randomly initialised text encoders for the given tokenizers."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        projection_dim=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_SEQUENCE_LENGTH,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
+    )
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        use_cache=False,
+        is_encoder_decoder=False,
+    )
+    return CLIPTextModel(clip), T5EncoderModel(t5)
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """A randomly initialised `FluxTransformer2DModel`: 2 joint and 4 single blocks, 4 heads of 64."""
+    from diffusers import FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=12,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 28, 28),
+    )
+    # adaLN-zero (Peebles & Xie 2023, section 3.2): every block starts as the identity, the output as zero.
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name == "proj_out" or "norm" in name.rpartition(".")[0].rpartition(".")[2]:
+                nn.init.zeros_(module.weight)
+    return transformer
+
+
+def build_pipeline(seed: int = 0) -> FluxPipeline:
+    """Assembles the untrained pipeline; the same seed gives the same weights.
+
+    Args:
+        seed: of the random initialisation.
+
+    Returns:
+        A stock `FluxPipeline` in float32 on the CPU, in evaluation mode.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer, tokenizer_2 = build_clip_tokenizer(), build_t5_tokenizer()
+        text_encoder, text_encoder_2 = build_text_encoders(tokenizer, tokenizer_2)
+        transformer = build_transformer()
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
+        vae=build_autoencoder(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer_2=tokenizer_2,
+        transformer=transformer.eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def default_settings() -> dict[str, Any]:
+    """Keyword arguments for a good picture, stored beside the weights in `vision_attn.json`."""
+    return {
+        "prompt": "a red circle left of a blue square",
+        "negative_prompt": "",
+        "height": 256,
+        "width": 256,
+        "num_inference_steps": 20,
+        "true_cfg_scale": 3.0,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    }
+
+
+def read_settings(directory: str | Path) -> dict[str, Any]:
+    """Reads the generation settings of a model directory.
+
+    Raises:
+        FileNotFoundError: the directory holds no `vision_attn.json`.
+    """
+    path = Path(directory) / SETTINGS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"read_settings: directory must hold {SETTINGS_FILE}, got {directory}: export a model")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save_pipeline(pipeline: FluxPipeline, directory: str | Path) -> None:
+    """Writes the pipeline in float16 safetensors with its generation settings; `pipeline` itself keeps its dtype."""
+    directory = Path(directory)
+    half = copy.deepcopy(pipeline).to(torch.float16)
+    half.save_pretrained(directory, safe_serialization=True)
+    # transformers loads a model in the dtype of its config, diffusers in float32: make both the same by default.
+    for name in ("text_encoder", "text_encoder_2"):
+        path = directory / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / SETTINGS_FILE).write_text(json.dumps(default_settings(), indent=2) + "\n", encoding="utf-8")

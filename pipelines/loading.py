@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,31 @@ def load_pipeline(model: str, *, device: torch.device | str = "cpu", dtype: torc
     """
     place = find_model(model)
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
+        import transformers
     except ImportError as error:
         raise ImportError("load_pipeline: diffusers is not installed: pip install 'vision-attn[diffusers]'") from error
-    try:
-        pipe = DiffusionPipeline.from_pretrained(place, torch_dtype=dtype)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"load_pipeline: model {model!r} could not be loaded: {reason}") from error
+    with _quiet(diffusers.utils.logging), _quiet(transformers.utils.logging):
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(place, dtype=dtype)
+        except OSError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise FileNotFoundError(f"load_pipeline: model {model!r} could not be loaded: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Errors only, and no bar per file: what a library says while loading a small folder is noise."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def run_defaults(model: str) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -61,3 +62,18 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 def seeded() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock `FluxPipeline` with random weights, saved as users have it; one token is 4x4 pixels."""
+    from vision_attn.shapes.model import build_pipeline, save_pipeline
+
+    pipe = build_pipeline(seed=3)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in pipe.transformer.parameters():
+        # Untrained weights of this model are zero where it matters: no attention would ever reach the picture.
+        torch.nn.init.normal_(parameter, std=0.06, generator=generator)
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    save_pipeline(pipe, folder)
+    return folder

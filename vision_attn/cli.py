@@ -83,7 +83,7 @@ def compare(
     from vision_attn.benchmark.compare import compare as run
     from vision_attn.benchmark.compare import runs_of
     from vision_attn.benchmark.output import to_json, write_json, write_whole
-    from vision_attn.benchmark.scoring import scorer
+    from vision_attn.benchmark.scoring import judge_of
     from vision_attn.benchmark.sheet import draw_sheet
     from vision_attn.benchmark.summary import comparison_table
 
@@ -98,7 +98,7 @@ def compare(
             model=model,
             repeats=repeats,
             warmup=warmup,
-            score=scorer(request.prompt),
+            judge=judge_of(request.prompt),
             on_run=on_run,
         )
     picture = write_whole(out / "compare.png", lambda file: draw_sheet(comparison).save(file, format="PNG"))

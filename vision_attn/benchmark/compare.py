@@ -39,8 +39,8 @@ class Row:
         peak_memory_bytes: Above what the loaded pipeline held, during one image; None if the system cannot tell.
         psnr: Decibels against dense; `inf` for identical images.
         ssim: Against dense.
-        detector_score: Share of the caption's objects found with the right colour and shape, 0 to 1; None unless the
-            prompt is a caption of the shapes data.
+        caption: What a detector says of the picture: `"right"` or what is wrong; None unless the prompt is a caption
+            of the shapes data.
         routed_layers: Attention layers that the operator took over.
         dense_layers: Routed layers whose calls were computed densely all the same, with the reason.
     """
@@ -55,7 +55,7 @@ class Row:
     peak_memory_bytes: int | None
     psnr: float
     ssim: float
-    detector_score: float | None
+    caption: str | None
     routed_layers: int
     dense_layers: tuple[str, ...]
 
@@ -110,7 +110,7 @@ def compare(
     model: str = "",
     repeats: int = 3,
     warmup: int = 1,
-    score: Callable[[NDArray[np.float32]], float] | None = None,
+    judge: Callable[[NDArray[np.float32]], object] | None = None,
     on_run: Callable[[str], None] = lambda name: None,
 ) -> Comparison:
     """Draw the request with the stock pipeline and with each operator, and measure.
@@ -122,7 +122,7 @@ def compare(
         model: Name for the report.
         repeats: Timed images per operator, taken in turns.
         warmup: Images per operator before, not timed.
-        score: Scores an image against the prompt, 0 to 1.
+        judge: Says of an image whether it shows what the prompt asks for; its text goes into the rows.
         on_run: Told the operator's text after each image, `runs_of(...)` times in all.
 
     Returns:
@@ -151,7 +151,7 @@ def compare(
         measured[name] = _measure(pipe, operator, request)
         on_run(name)
     dense = measured[DENSE].image
-    rows = tuple(_row(name, measured[name], timings[name], dense, score) for name in contenders)
+    rows = tuple(_row(name, measured[name], timings[name], dense, judge) for name in contenders)
     return Comparison(
         model=model or type(pipe).__name__,
         request=request,
@@ -220,7 +220,7 @@ def _row(
     found: _Measured,
     timing: Timing,
     dense: NDArray[np.float32],
-    score: Callable[[NDArray[np.float32]], float] | None,
+    judge: Callable[[NDArray[np.float32]], object] | None,
 ) -> Row:
     return Row(
         operator=name,
@@ -233,7 +233,7 @@ def _row(
         peak_memory_bytes=found.memory,
         psnr=psnr(found.image, dense),
         ssim=ssim(found.image, dense),
-        detector_score=None if score is None else score(found.image),
+        caption=None if judge is None else str(judge(found.image)),
         routed_layers=found.routed,
         dense_layers=found.dense_layers,
     )

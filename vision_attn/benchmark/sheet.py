@@ -109,9 +109,8 @@ class _Card:
             ("peak memory", mebibytes(row.peak_memory_bytes), INK),
             ("fidelity", fidelity, INK),
         ]
-        if row.detector_score is not None:
-            whole = row.detector_score == 1
-            facts.append(("caption", f"{row.detector_score:.0%} right", GOOD if whole else INK))
+        if row.caption is not None:
+            facts.append(("what the prompt asks for", row.caption, GOOD if row.caption == "right" else INK))
         return facts
 
     def _draw_bar(self, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:

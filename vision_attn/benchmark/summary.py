@@ -12,7 +12,7 @@ def comparison_table(comparison: Comparison) -> str:
     """The results as a text table, and below it what was computed densely although an operator was asked for."""
     header = ["operator", "s/image", "attention s", "share", "FLOPs", "peak memory", "PSNR", "SSIM"]
     rows = []
-    scored = any(row.detector_score is not None for row in comparison.rows)
+    scored = any(row.caption is not None for row in comparison.rows)
     for row in comparison.rows:
         cells = [
             row.operator,
@@ -25,9 +25,9 @@ def comparison_table(comparison: Comparison) -> str:
             f"{row.ssim:.3f}",
         ]
         if scored:
-            cells.append("-" if row.detector_score is None else f"{row.detector_score:.0%}")
+            cells.append(row.caption or "-")
         rows.append(cells)
-    lines = [table([*header, "caption right"] if scored else header, rows)]
+    lines = [table([*header, "picture is"] if scored else header, rows)]
     for row in comparison.rows:
         lines += [f"{row.operator}: computed densely in {layer}" for layer in row.dense_layers]
     return "\n".join(lines)

@@ -516,7 +516,8 @@ ZOO_IMAGE: tuple[Case, ...] = (
     case("pixart", pixart, pixart_inputs, text_key=None),
     # Its forward only takes square images.
     case("dit", dit, dit_inputs, text_key=None, grid=(6, 6)),
-    case("transformer_2d", legacy, legacy_inputs, 1, text_key=None),
+    # Its group norm mixes pixels.
+    case("transformer_2d", legacy, legacy_inputs, text_key=None, touch_image=None),
     case("hunyuan_dit", hunyuan_dit, hunyuan_dit_inputs, text_key=None),
     case("lumina_next", lumina_next, lumina_next_inputs, text_key=None),
     case("lumina2", lumina2, lumina2_inputs),

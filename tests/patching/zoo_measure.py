@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Recorder:
 
     def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         name = self.running[-1]
-        scope = max((scope for scope in self.layouts if _encloses(scope, name)), key=len, default=None)
+        scope = max((scope for scope in self.layouts if encloses(scope, name)), key=len, default=None)
         layout = None if scope is None else self.layouts[scope]
         if layout is not None:
             layout = self.family.layout_for(name, layout, key.shape[1])
@@ -101,7 +102,8 @@ class Recorder:
             handle.remove()
 
 
-def _encloses(scope: str, name: str) -> bool:
+def encloses(scope: str, name: str) -> bool:
+    """Whether the module `name` is inside `scope`."""
     return scope == "" or name.startswith(scope + ".")
 
 
@@ -166,6 +168,20 @@ def moved_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
     scale = before.abs().max().clamp_min(1e-12)
     difference = (after - before).abs().amax(dim=(0, 2, 3)) / scale
     return (difference > 1e-6).nonzero().flatten().tolist()
+
+
+def corners(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All corners of a grid and one token inside."""
+    ends = [sorted({0, size - 1}) for size in grid]
+    return [*itertools.product(*ends), tuple(size // 2 for size in grid)]
+
+
+def flat(token: tuple[int, ...], grid: tuple[int, ...]) -> int:
+    """Row-major index of a token."""
+    index = 0
+    for position, size in zip(token, grid, strict=True):
+        index = index * size + position
+    return index
 
 
 def touch_feature_map(pixel: tuple[int, int], scope: str) -> Callable[[str, Inputs], None]:

@@ -35,9 +35,8 @@ class Family:
         skip: `(glob on the attention module's name, reason)`: attention that is no spatial self or joint attention.
         image_only: Globs on names of attention modules whose sequence is the image tokens alone although the main
             sequence has text as well (second attention of SD 3.5, image refiners).
-        image_multiple: Such a sequence is padded to a multiple of this.
         open_end: Sequences go on after the grid for as many tokens as each call has (Mochi calls attention once per
-            sample, with that sample's valid text; image refiners that hold reference images behind the image).
+            sample, with that sample's valid text; image refiners hold pads or references behind the image).
         in_parts: Attention is also called on parts of the sequence that do not hold the image (Qwen-Image 2.1 attends
             segment by segment while it fills its cache): such calls stay dense, and that is no mistake.
     """
@@ -48,7 +47,6 @@ class Family:
     scope: tuple[str, ...] | None = None
     skip: tuple[tuple[str, str], ...] = ()
     image_only: tuple[str, ...] = ()
-    image_multiple: int = 1
     open_end: bool = False
     in_parts: bool = False
 
@@ -61,11 +59,11 @@ class Family:
             key_tokens: Length of the call's keys.
 
         Returns:
-            `layout` itself; the grid alone (and its pads) for a module of `image_only`; with `open_end`, as many tokens
-            after the grid as the keys have.
+            `layout` itself; the grid alone for a module of `image_only`; with `open_end`, as many tokens after the grid
+            as the keys have.
         """
         if any(fnmatchcase(name, pattern) for pattern in self.image_only):
-            layout = TokenLayout(layout.grid, text_after=-layout.image_tokens % self.image_multiple)
+            layout = TokenLayout(layout.grid)
         rest = key_tokens - layout.text_before - layout.image_tokens
         return replace(layout, text_after=rest) if self.open_end and rest >= 0 else layout
 

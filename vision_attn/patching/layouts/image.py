@@ -330,7 +330,7 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         _z_image,
         skip=(("context_refiner.*", TEXT_ONLY), ("siglip_refiner.*", "reference features only")),
         image_only=("noise_refiner.*",),
-        image_multiple=_Z_IMAGE_MULTIPLE,
+        open_end=True,
     ),
     Family(
         "hunyuan_image",

@@ -163,11 +163,20 @@ def _honourable_mask(operator: Any, attn_mask: Any) -> torch.Tensor | None:
     """The mask to pass on; `None` for one that hides nothing."""
     if not isinstance(attn_mask, torch.Tensor):
         raise UnsupportedError(f"attn_mask of type {type(attn_mask).__name__}")
+    attn_mask = _unexpanded(attn_mask)
     if accepts_mask(type(operator)):  # type: ignore[arg-type]
         return attn_mask
     if not torch.compiler.is_compiling() and hides_nothing(attn_mask):
         return None
     raise UnsupportedError(f"attn_mask of shape {tuple(attn_mask.shape)}, and the operator takes none")
+
+
+def _unexpanded(attn_mask: torch.Tensor) -> torch.Tensor:
+    """One row of a mask that was expanded over heads or queries: operators then see that it is the same for all."""
+    for axis in range(attn_mask.ndim - 1):
+        if attn_mask.stride(axis) == 0:
+            attn_mask = attn_mask.narrow(axis, 0, 1)
+    return attn_mask
 
 
 @functools.cache

@@ -29,10 +29,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
         Output `[B, Sq, H, Dv]` in the query's dtype and the natural log-sum-exp `[B, Sq, H]` in float32 (float64 for
         float64). A query that sees no key gives zeros and `-inf`.
     """
-    heads_kv = key.shape[2]
-    output, lse = attend_heads(
-        *(heads_first(x, heads_kv) for x in (query, key, value)), fold_mask(attn_mask, query, key), scale
-    )
+    heads_kv, mask = key.shape[2], fold_mask(attn_mask, query, key)
+    q, k, v = (heads_first(x, heads_kv) for x in (query, key, value))
+    output, lse = attend_heads(q, k, v, mask, scale)
+    if mask is not None:
+        output, lse = clear_empty(output, lse, mask)
     return heads_last(output, query.shape[2]), heads_last(lse.unsqueeze(-1), query.shape[2]).squeeze(-1)
 
 
@@ -95,10 +96,19 @@ attend.register_autograd(_backward, setup_context=_save)
 def attend_heads(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`[B, H, Sq, D]`, `[B, H, Sk, D]`, `[B, H, Sk, Dv]` to `[B, H, Sq, Dv]` and the log-sum-exp `[B, H, Sq]`."""
+    """`[B, H, Sq, D]`, `[B, H, Sk, D]`, `[B, H, Sk, Dv]` to `[B, H, Sq, Dv]` and the log-sum-exp `[B, H, Sq]`.
+
+    Every query must see a key.
+    """
     if query.device.type == "cpu":
         return _attend_flash(query, key, value, attn_mask, scale)
     return _attend_chunks(query, key, value, attn_mask, scale)
+
+
+def clear_empty(output: Tensor, lse: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros and `-inf` for queries without a visible key: what the kernels leave there changes between versions."""
+    empty = (attn_mask == float("-inf")).all(-1)
+    return output.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, float("-inf"))
 
 
 def _attend_flash(
@@ -114,13 +124,7 @@ def _attend_flash(
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale
     )
-    output = output[..., :width_v]
-    if attn_mask is not None:
-        empty = (attn_mask == float("-inf")).all(-1)
-        if empty.any():  # what the kernel returns for a query without keys changes between versions
-            output = output.masked_fill(empty.unsqueeze(-1), 0)
-            lse = lse.masked_fill(empty, float("-inf"))
-    return output, lse
+    return output[..., :width_v], lse
 
 
 def _attend_chunks(

@@ -17,6 +17,7 @@ from vision_attn.backends.attend import (
     accumulator,
     attend_heads,
     attend_heads_backward,
+    clear_empty,
     fold_mask,
     heads_first,
     heads_last,
@@ -91,19 +92,21 @@ def windowed(
 ) -> tuple[Tensor, Tensor]:
     """`window_attention` with the window spelled out: a ball of `radius` where `kernel_size` is empty, else a box."""
     reach = _reach(grid, kernel_size, stride, dilation, is_causal, radius)
-    batch, tokens, heads, _ = query.shape
-    output = query.new_empty(batch * tokens, heads, value.shape[3])
+    (batch, tokens, heads, _), heads_kv, width = query.shape, key.shape[2], value.shape[3]
+    output = query.new_empty(batch * tokens, heads, width)
     lse = query.new_empty(batch * tokens, heads, dtype=accumulator(query.dtype))
     gather_k, gather_v = _RowGather(key), _RowGather(value)
     flat_query = _flat(query)
     for rows, keys, mask in _batches(reach, query, key, value, key_bias):
-        parts = flat_query[rows], gather_k(keys), gather_v(keys)
-        out, row_lse = attend_heads(
-            *(heads_first(x, key.shape[2]) for x in parts), fold_mask(mask, parts[0], parts[1]), scale
-        )
+        tile_q, tile_k, tile_v = flat_query[rows], gather_k(keys), gather_v(keys)
+        q, k, v = (heads_first(x, heads_kv) for x in (tile_q, tile_k, tile_v))
+        folded = fold_mask(mask, tile_q, tile_k)
+        out, row_lse = attend_heads(q, k, v, folded, scale)
+        if key_bias is not None and folded is not None:  # a window itself is never empty
+            out, row_lse = clear_empty(out, row_lse, folded)
         output[rows] = heads_last(out, heads)
         lse[rows] = heads_last(row_lse.unsqueeze(-1), heads).squeeze(-1)
-    return output.view(batch, tokens, heads, -1), lse.view(batch, tokens, heads)
+    return output.view(batch, tokens, heads, width), lse.view(batch, tokens, heads)
 
 
 @windowed.register_fake
@@ -176,7 +179,7 @@ class _RowGather:
     """Rows of a `[B, N, H, D]` tensor by flat token index, into one buffer that every call reuses."""
 
     def __init__(self, x: Tensor) -> None:
-        self.rows = x.contiguous().view(x.shape[0] * x.shape[1], -1)
+        self.rows = x.contiguous().flatten(2).flatten(0, 1)
         self.heads = x.shape[2]
         self.buffer = x.new_empty(0)
 
@@ -198,7 +201,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Batches of tiles: flat query rows `[tiles, queries]`, flat key rows `[tiles, keys]`, additive mask or None."""
     tokens, device = math.prod(reach.grid), query.device
-    row_bytes = key.element_size() * (key[0, 0].numel() + value[0, 0].numel())
+    row_bytes = key.element_size() * key.shape[2] * (key.shape[3] + value.shape[3])
     for group in plan(reach):
         mask = None if group.mask is None else _additive(group.mask, query)
         step = max(1, CHUNK_BYTES // (row_bytes * group.keys))

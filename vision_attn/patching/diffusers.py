@@ -22,7 +22,7 @@ from vision_attn.patching.routing import Processor, Route, attention_call, is_ro
 from vision_attn.patching.selection import Rule
 from vision_attn.patching.steps import TIMESTEP_NAMES, StepTracker
 
-DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "decoder")
+DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "decoder", "diffusion_decoder")
 
 
 def denoisers(target: Any, known_only: bool = True) -> list[tuple[str, nn.Module]]:

@@ -78,7 +78,9 @@ def is_routed(processor: Processor) -> bool:
 class _Running(threading.local):
     """The layer whose processor is running in this thread: the replaced function has no other way to know it."""
 
-    layer: Any = None
+    def __init__(self) -> None:
+        # An instance attribute from the start: torch.compile guards on where it is found.
+        self.layer: Any = None
 
 
 class Route:

@@ -13,6 +13,7 @@ from vision_attn.errors import PatchError
 from vision_attn.patching.diffusers import attention_modules, call_module, denoisers, plan
 from vision_attn.patching.grids import check_grid
 from vision_attn.patching.installation import Installation, installations
+from vision_attn.patching.ltx2_decoder import OwnWindow, check_arguments, is_decoder, plan_decoder
 from vision_attn.patching.report import Call, Routed, Skipped, table
 from vision_attn.patching.selection import make_rules, require_matches
 from vision_attn.patching.steps import StepTracker, check_steps
@@ -141,8 +142,9 @@ def patch(
     LoRA, offloading, gradient checkpointing and saving work as on the stock model.
 
     Args:
-        target: A diffusers pipeline, transformer or UNet.
-        op: An operator object such as `va.Clear(radius=8)`; left out when `layers` is a dict.
+        target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder.
+        op: An operator object such as `va.Clear(radius=8)`; left out when `layers` is a dict. The LTX-2.5 decoder is
+            made of neighborhood attention: left out for it, each layer keeps its own window, in linear memory.
         layers: `None` for every self- and joint attention, a glob or list of globs on module names, a predicate on
             names, or `{glob: operator}`, of which the first match counts.
         steps: Range or set of denoising steps (the first is 0) in which the operator is active; dense otherwise.
@@ -169,16 +171,24 @@ def patch(
         ...     [layer.name for layer in p.routed]
         ['transformer_blocks.0.attn1']
     """
+    models = denoisers(target)
+    if op is None and not isinstance(layers, Mapping) and all(is_decoder(model) for _, model in models):
+        op = OwnWindow()
     rules = make_rules(op, layers)
     given = None if grid is None else check_grid(grid)
     numbers = None if steps is None else check_steps(steps)
-    models = denoisers(target)
     require_matches(
         rules, [name for prefix, model in models for name, _ in attention_modules(call_module(model), prefix)]
     )
     pipeline = target if not isinstance(target, nn.Module) else None
     tracker = None if numbers is None else StepTracker(numbers, pipeline)
-    plans = [plan(prefix, model, rules, given, strict, trainable, tracker) for prefix, model in models]
+    plans = []
+    for prefix, model in models:
+        if is_decoder(model):
+            check_arguments(model, grid=grid, steps=steps, trainable=trainable)
+            plans.append(plan_decoder(prefix, model, rules, strict))
+        else:
+            plans.append(plan(prefix, model, rules, given, strict, trainable, tracker))
     if not any(planned.routed for planned in plans):
         reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for planned in plans for skipped in planned.skipped[:3])
         raise PatchError(

@@ -7,6 +7,7 @@ and for GPUs without Triton kernels of ours. No backward pass on the CPU (PyTorc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,32 +17,56 @@ from torch import Tensor
 from vision_attn.kernels.reach import Ball, Reach
 
 
-def flex_windowed(query: Tensor, key: Tensor, value: Tensor, reach: Reach, scale: float) -> tuple[Tensor, Tensor]:
-    """Windowed attention on the row-major sequence; arguments as `window_attention`, without a key bias.
+def flex_windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reach: Reach,
+    scale: float,
+    extra: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Windowed attention on the row-major sequence, with extra keys behind it in the same call.
+
+    Args as `vision_attn.backends.windowed`, without biases. On the CPU the log-sum-exp is NaN: torch has none there.
 
     Raises:
-        NotImplementedError: a gradient is asked for on the CPU, or values differ from keys in head dim there.
+        NotImplementedError: on the CPU, a gradient or the log-sum-exp is asked for.
     """
-    if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value)) and torch.is_grad_enabled():
-        raise NotImplementedError("backend='flex' has no backward pass on the CPU: use backend='tiled'")
-    heads_first = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    output, lse = _compiled()(
-        *heads_first,
-        block_mask=block_mask(reach, query.device.type),
-        scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-        return_lse=True,
-    )
+    on_cpu = query.device.type == "cpu"
+    _check_torch_can(on_cpu, torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)), return_lse)
+    key = torch.cat([key, *(extra_key for extra_key, _, _ in extra)], 1)
+    value = torch.cat([value, *(extra_value for _, extra_value, _ in extra)], 1)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    mask = block_mask(reach, k.shape[2] - q.shape[2], query.device.type)
+    call = _compiled()
+    grouped = q.shape[1] != k.shape[1]
+    if on_cpu:
+        output = call(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        lse = torch.full_like(q[..., 0], math.nan)
+    else:
+        output, lse = call(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, return_lse=True)
     return output.transpose(1, 2), lse.transpose(1, 2)
 
 
+def _check_torch_can(on_cpu: bool, needs_gradient: bool, return_lse: bool) -> None:
+    for asked, what in ((needs_gradient, "backward pass"), (return_lse, "log-sum-exp")):
+        if on_cpu and asked:
+            raise NotImplementedError(f"backend='flex' has no {what} on the CPU: use backend='tiled'")
+
+
 @lru_cache(maxsize=16)
-def block_mask(reach: Reach, device: str) -> Any:
-    """FlexAttention's block mask of a window on the row-major sequence."""
+def block_mask(reach: Reach, extra: int, device: str) -> Any:
+    """FlexAttention's block mask of a window on the row-major sequence, with `extra` keys behind it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     tokens = math.prod(reach.grid)
-    return create_block_mask(mask_mod(reach, device), None, None, tokens, tokens, device=device, _compile=False)
+    window = mask_mod(reach, device)
+
+    def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx >= tokens) | window(b, h, q_idx, kv_idx.clamp(max=tokens - 1))
+
+    return create_block_mask(visible, None, None, tokens, tokens + extra, device=device)
 
 
 def mask_mod(reach: Reach, device: str) -> Any:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vision_attn.backends.attend import accumulator, attend
 from vision_attn.backends.dense import dense_attention, dense_windowed
+from vision_attn.backends.flex import flex_windowed
+from vision_attn.backends.natten import natten_windowed
 from vision_attn.backends.tiled import window_attention
 from vision_attn.kernels.reach import Ball, Reach
 
@@ -22,6 +24,7 @@ def windowed(
     *,
     extra: Sequence[tuple[Tensor, Tensor, Tensor | None]] = (),
     key_bias: Tensor | None = None,
+    return_lse: bool = True,
     backend: str = "tiled",
 ) -> tuple[Tensor, Tensor]:
     """One softmax over each grid token's window and all extra keys.
@@ -34,6 +37,7 @@ def windowed(
         scale: Factor on the logits.
         extra: Further keys and values `[B, E, Hkv, ...]` seen by every query, each with a bias `[B, E]` or None.
         key_bias: `[B, N]`, added to the logits of a grid key.
+        return_lse: Whether the log-sum-exp is wanted; where it is not, a backend without one may return NaN.
         backend: A resolved backend name.
 
     Returns:
@@ -42,6 +46,10 @@ def windowed(
     Raises:
         NotImplementedError: the backend has no such feature.
     """
+    if backend not in ("dense", "tiled") and any(bias is not None for bias in (key_bias, *(e[2] for e in extra))):
+        raise NotImplementedError(f"backend={backend!r} takes no mask: use backend='tiled'")
+    if backend == "flex":
+        return flex_windowed(query, key, value, reach, scale, extra, return_lse)
     parts = [_window_part(query, key, value, reach, scale, key_bias, backend)]
     for extra_key, extra_value, bias in extra:
         if extra_key.shape[1] > 0:
@@ -82,14 +90,6 @@ def _window_part(
         return attend(query, key, value, None if key_bias is None else key_bias[:, None, None, :], scale)
     if backend == "tiled":
         return window_attention(query, key, value, key_bias, reach, scale)
-    if key_bias is not None:
-        raise NotImplementedError(f"backend={backend!r} takes no mask on grid keys: use backend='tiled'")
-    if backend == "flex":
-        from vision_attn.backends.flex import flex_windowed
-
-        return flex_windowed(query, key, value, reach, scale)
     if isinstance(reach, Ball):
         raise NotImplementedError(f"backend={backend!r} has no circular window: use backend='tiled'")
-    from vision_attn.backends.natten import natten_windowed
-
     return natten_windowed(query, key, value, reach, scale)

@@ -120,7 +120,9 @@ def clear_attention(
     _check_sequence(where, query, layout)
     pooled = pooled_keys(where, key, value, layout, _checked_factor(where, down_factor), spatial_weight)
     reach = Ball(layout.grid, _checked_radius(where, radius))
-    output, lse = joint_attention(where, query, key, value, layout, reach, scale, pooled=pooled, backend=backend)
+    output, lse = joint_attention(
+        where, query, key, value, layout, reach, scale, pooled=pooled, return_lse=return_lse, backend=backend
+    )
     return (output, lse) if return_lse else output
 
 

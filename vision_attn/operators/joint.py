@@ -27,6 +27,7 @@ def joint_attention(
     attn_mask: Tensor | None = None,
     *,
     pooled: Sequence[Extra] = (),
+    return_lse: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Windowed attention on a whole sequence.
@@ -42,6 +43,7 @@ def joint_attention(
         attn_mask: As for `scaled_dot_product_attention`, broadcastable to `[B, H, S, S]`, bool (True = visible) or
             added to the logits. All image queries must share one row of it; text queries may have their own.
         pooled: Further keys and values for image queries only.
+        return_lse: Whether the log-sum-exp is wanted.
         backend: Backend name.
 
     Returns:
@@ -63,13 +65,10 @@ def joint_attention(
 
     extra = [(key[:, s], value[:, s], None if bias is None else bias[:, s]) for s in (before, after)]
     grid_bias = None if bias is None else bias[:, image]
+    q, k, v = (x[:, image] for x in (query, key, value))
+    extra = [part for part in (*extra, *pooled) if part[0].shape[1] > 0]
     output, lse = windowed(
-        *(x[:, image] for x in (query, key, value)),
-        reach,
-        factor,
-        extra=[*extra, *pooled],
-        key_bias=grid_bias,
-        backend=chosen,
+        q, k, v, reach, factor, extra=extra, key_bias=grid_bias, return_lse=return_lse, backend=chosen
     )
     if not layout.text_tokens:
         return output, lse

@@ -155,14 +155,10 @@ def _neighborhood(
     check_extra(where, query, key, value, additional_keys, additional_values)
     grid = tuple(query.shape[1:-2])
     reach = checked_box(where, grid, kernel_size, stride, dilation, is_causal)
-    extra = [] if additional_keys is None else [(additional_keys, additional_values, None)]
-    output, lse = windowed(
-        *(x.flatten(1, axes) for x in (query, key, value)),
-        reach,
-        resolve_scale(where, scale, query.shape[-1]),
-        extra=extra,  # type: ignore[arg-type]
-        backend=resolve(backend, where),
-    )
+    extra = [] if additional_keys is None or additional_values is None else [(additional_keys, additional_values, None)]
+    q, k, v = (x.flatten(1, axes) for x in (query, key, value))
+    factor = resolve_scale(where, scale, query.shape[-1])
+    output, lse = windowed(q, k, v, reach, factor, extra=extra, return_lse=return_lse, backend=resolve(backend, where))
     output, lse = output.unflatten(1, grid), lse.unflatten(1, grid)
     return (output, lse) if return_lse else output
 

@@ -1,0 +1,117 @@
+"""Masks of the models' own: key padding and per-text-row masks are honoured, everything else is refused."""
+
+import oracle
+import pytest
+import torch
+
+import vision_attn as va
+
+LAYOUT = va.TokenLayout((4, 6), text_before=3, text_after=2)
+OPERATORS = [va.Clear(2), va.Clear(2, down_factor=2), va.Neighborhood(3), va.Neighborhood(99)]
+
+
+def qkv(heads=2):
+    return [torch.randn(2, LAYOUT.tokens, heads, 4, dtype=torch.float64) for _ in range(3)]
+
+
+def expected(op, q, k, v, visible):
+    """Attention where `visible` `[B, S, S]` limits the operator's own mask."""
+    mask = op.mask(LAYOUT) & visible
+    if getattr(op, "down_factor", 1) == 1:
+        return torch.cat([oracle.attention(q[[b]], k[[b]], v[[b]], mask[b])[0] for b in range(2)])
+    image = LAYOUT.image_slice
+    pooled = [x[:, image].unflatten(1, (2, 2, 3, 2)).mean((2, 4)).flatten(1, 2) for x in (k, v)]
+    seen = torch.zeros(LAYOUT.tokens, 6, dtype=torch.bool)
+    seen[image] = True
+    joint = [torch.cat([m, seen], 1) for m in mask]
+    return torch.cat(
+        [
+            oracle.attention(
+                q[[b]], torch.cat([k[[b]], pooled[0][[b]]], 1), torch.cat([v[[b]], pooled[1][[b]]], 1), joint[b]
+            )[0]
+            for b in range(2)
+        ]
+    )
+
+
+def padding():
+    visible = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
+    visible[0, ..., 1:3] = False
+    visible[1, ..., -1:] = False
+    visible[1, ..., 9] = False  # an image key
+    return visible
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("kind", ["bool", "float", "rows"])
+@pytest.mark.parametrize("op", OPERATORS, ids=str)
+def test_key_padding_is_honoured(op, kind, backend):
+    q, k, v = qkv()
+    mask = padding()
+    given = {
+        "bool": mask,
+        "float": torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf")),
+        "rows": mask.expand(-1, -1, LAYOUT.tokens, -1),
+    }[kind]
+    ours = op(q, k, v, LAYOUT, attn_mask=given, backend=backend)
+    torch.testing.assert_close(ours, expected(op, q, k, v, mask[:, 0].expand(-1, LAYOUT.tokens, -1)))
+
+
+@pytest.mark.parametrize("op", [va.Clear(2), va.Neighborhood(3)], ids=str)
+def test_text_queries_may_have_masks_of_their_own(op):
+    q, k, v = qkv()
+    visible = torch.ones(2, 1, LAYOUT.tokens, LAYOUT.tokens, dtype=torch.bool)
+    visible[:, :, 0, 2:7] = False
+    visible[1, :, -1, :5] = False
+    torch.testing.assert_close(op(q, k, v, LAYOUT, attn_mask=visible), expected(op, q, k, v, visible[:, 0]))
+
+
+def test_a_bias_on_keys_is_added():
+    q, k, v = qkv()
+    bias = torch.randn(2, 1, 1, LAYOUT.tokens, dtype=torch.float64)
+    op = va.Neighborhood(3)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / 2 + bias
+    truth = torch.einsum("bhqk,bkhd->bqhd", logits.masked_fill(~op.mask(LAYOUT), float("-inf")).softmax(-1), v)
+    torch.testing.assert_close(op(q, k, v, LAYOUT, attn_mask=bias), truth)
+
+
+def test_dense_operator_takes_any_mask():
+    q, k, v = qkv()
+    mask = torch.rand(2, 2, LAYOUT.tokens, LAYOUT.tokens) < 0.7
+    mask[..., 0] = True
+    truth = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(va.Dense()(q, k, v, LAYOUT, attn_mask=mask), truth.transpose(1, 2))
+
+
+@pytest.mark.parametrize("op", [va.Clear(2), va.Neighborhood(3)], ids=str)
+def test_masks_of_image_queries_or_heads_are_refused(op):
+    q, k, v = qkv()
+    rows = torch.ones(1, 1, LAYOUT.tokens, LAYOUT.tokens, dtype=torch.bool)
+    rows[..., 7, 8] = False
+    with pytest.raises(
+        va.UnsupportedError, match=r"attn_mask must be the same for all image queries, got shape \(1, 1, 29, 29\)"
+    ):
+        op(q, k, v, LAYOUT, attn_mask=rows)
+    with pytest.raises(
+        va.UnsupportedError, match=r"attn_mask must be the same for all heads, got shape \(1, 2, 1, 29\)"
+    ):
+        op(q, k, v, LAYOUT, attn_mask=torch.zeros(1, 2, 1, 29))
+    with pytest.raises(va.UnsupportedError, match=r"attn_mask must be bool or floating point, got torch.int64"):
+        op(q, k, v, LAYOUT, attn_mask=torch.zeros(29, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"attn_mask must broadcast to \(2, 2, 29, 29\), got shape \(2, 1, 1, 28\)"):
+        op(q, k, v, LAYOUT, attn_mask=torch.ones(2, 1, 1, 28, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("op", [va.Dense(), *OPERATORS], ids=str)
+def test_a_sequence_of_another_length_is_refused(op):
+    x = torch.zeros(1, 28, 1, 4)
+    with pytest.raises(ValueError, match=r"query must have 29 tokens \(3 before, grid \(4, 6\), 2 after\), got 28"):
+        op(x, x, x, LAYOUT)
+
+
+def test_meta_test_the_oracle_can_fail():
+    q, k, v = qkv()
+    wrong = op_mask = va.Neighborhood(3).mask(LAYOUT).clone()
+    wrong[10, 11] = ~op_mask[10, 11]
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(va.Neighborhood(3)(q, k, v, LAYOUT), oracle.attention(q, k, v, wrong)[0])

@@ -76,7 +76,7 @@ class WindowProcessor:
     def __reduce__(self) -> Any:
         # A pickle holds the stock processor: it must load where this package is not installed.
         stock = self.layer.original
-        return copyreg.__newobj__, (type(stock),), stock.__dict__  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (type(stock), object, None), stock.__dict__  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.__reduce__()
@@ -117,13 +117,14 @@ class DecoderLayer(Layer):
 
     def make_twin(self) -> Processor:
         """A processor that stands in for the layer's current original."""
-        twin = processor_class(type(self.original))()
+        stock: Any = type(self.original)
+        twin = processor_class(stock)()
         twin.layer = self
         return twin
 
 
 @functools.cache
-def processor_class(stock: type) -> type[WindowProcessor]:
+def processor_class(stock: Any) -> type[WindowProcessor]:
     """The stand-in for one stock processor class, which it names but does not extend."""
     return type(stock.__name__, (WindowProcessor,), {"stock_class": stock, "__doc__": WindowProcessor.__doc__})
 
@@ -162,8 +163,8 @@ def plan_decoder(prefix: str, target: nn.Module, rules: Sequence[Rule], strict: 
         if rule is None:
             result.skipped.append(Skipped(shown, "not selected by layers"))
             continue
-        own = isinstance(rule.operator, OwnWindow)
-        operator = Neighborhood(tuple(module.kernel_size)) if own else rule.operator
+        window: Any = module.kernel_size
+        operator = Neighborhood(tuple(window)) if isinstance(rule.operator, OwnWindow) else rule.operator
         original = _original(shown, module.processor)
         layer = DecoderLayer(shown, Route(operator), Cell(), result.installation.switch, original, strict)
         result.routed.append((module, layer))

@@ -37,7 +37,7 @@ def find_model(model: str) -> Path | str:
             )
         return folder
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"find_model: model must be a pipeline's folder, got {model!r}, which holds no model_index.json: "

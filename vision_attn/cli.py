@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Whatever typer builds on, a wrong option or value is a BadParameter or its base.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_INTERRUPTED = 130  # the shell's code for Ctrl-C; some versions of typer return it, others raise Abort
 _DTYPES = ("float32", "float16", "bfloat16")
 _DEFAULT_OPERATORS = ["dense", "clear(radius=8)", "neighborhood(kernel_size=13)"]
 
@@ -143,6 +144,28 @@ def generate(
 
 
 @app.command()
+def verify(model: Model = "shapes-flux", device: Device = "", dtype: Dtype = "", as_json: Json = False) -> None:
+    """Check on dry runs that a model's attention can be swapped exactly; exit code 1 if a check fails."""
+    import vision_attn as va
+    from vision_attn.benchmark.output import to_json
+    from vision_attn.pipelines.loading import load_pipeline
+
+    place = _device(device)
+    pipe = load_pipeline(model, device=place, dtype=_dtype(dtype, place))
+    try:
+        report = va.verify(pipe)
+    except va.PatchError as error:
+        if "must pass every check" not in str(error):
+            raise
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(to_json({"passed": report.passed, "checks": [asdict(check) for check in report.checks]}), nl=False)
+    else:
+        typer.echo(str(report))
+
+
+@app.command()
 def bench(
     ops: Annotated[
         list[str] | None,
@@ -227,16 +250,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(app(_spread(typed), prog_name="vision-attn", standalone_mode=False) or 0)
+        code = app(_spread(typed), prog_name="vision-attn", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("vision-attn: interrupted, nothing was written", err=True)
-        sys.exit(130)
+        code = _INTERRUPTED
     except Exception as error:
         if os.environ.get("VISION_ATTN_TRACEBACK") or not _is_users_mistake(error):
             raise
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         typer.echo(f"vision-attn: {' '.join(message.split())}", err=True)
-        sys.exit(2)
+        code = 2
+    if code == _INTERRUPTED:
+        typer.echo("vision-attn: interrupted, nothing was written", err=True)
+    sys.exit(code)
 
 
 def _is_users_mistake(error: Exception) -> bool:
@@ -337,3 +362,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return getattr(torch, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,15 @@ from torch import Tensor
 import vision_attn as va
 from vision_attn.benchmark.memory_probe import probe
 from vision_attn.benchmark.output import table
-from vision_attn.benchmark.stock import DenseAttention, FlexRows, FlexTiles, Window, token_places, window_of
+from vision_attn.benchmark.stock import (
+    DenseAttention,
+    FlexRows,
+    FlexTiles,
+    Window,
+    check_tiles,
+    token_places,
+    window_of,
+)
 from vision_attn.benchmark.timing import interleaved
 
 OURS = "vision-attn"
@@ -36,12 +44,19 @@ class Case:
         grid: Rows and columns of tokens, multiples of 8.
         heads: Number of heads.
         head_dim: Channels per head.
+
+    Raises:
+        ValueError: an operator or a grid for which there is no stock rival.
     """
 
     operator: Any
     grid: tuple[int, int]
     heads: int = 8
     head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        window_of(self.operator, self.grid)
+        check_tiles("bench", self.grid)
 
     def __str__(self) -> str:
         return f"{self.operator}, {self.grid[0]}x{self.grid[1]} tokens, {self.heads} heads of {self.head_dim}"
@@ -115,7 +130,6 @@ def bench_case(
         A CaseResult.
 
     Raises:
-        ValueError: an operator or grid without a stock rival.
         RuntimeError: our own result is wrong.
     """
     device = torch.device(device)

@@ -134,7 +134,7 @@ def compare(
     """
     windowed: list[Any] = []
     for operator in operators:
-        if not isinstance(operator, va.Dense) and operator not in windowed:
+        if operator != va.Dense() and operator not in windowed:
             windowed.append(operator)
     contenders = {DENSE: None, **{str(operator): operator for operator in windowed}}
     device = denoiser(pipe).device
@@ -164,7 +164,7 @@ def compare(
 
 def runs_of(operators: Sequence[Any], *, repeats: int, warmup: int) -> int:
     """How many images `compare` draws: the total of its progress bar."""
-    distinct = {operator for operator in operators if not isinstance(operator, va.Dense)}
+    distinct = set(operators) - {va.Dense()}
     return (1 + len(distinct)) * (1 + warmup + repeats)
 
 

@@ -96,8 +96,7 @@ class FlexTiles:
     """
 
     def __init__(self, window: Window, grid: tuple[int, int], device: torch.device) -> None:
-        if grid[0] % TILE[0] or grid[1] % TILE[1]:
-            raise ValueError(f"FlexTiles: grid must be made of multiples of {TILE}, got {grid}")
+        check_tiles("FlexTiles", grid)
         self.grid = grid
         rows, columns = (self.permute(axis[None, None, :, None]).flatten() for axis in token_places(grid, device))
         self.block_mask = _block_mask(window, rows, columns)
@@ -124,6 +123,14 @@ class FlexTiles:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`[B, H, S, D]` to `[B, H, S, D]`, row-major."""
         return self.restore(self.attend_tiles(self.permute(query), self.permute(key), self.permute(value)))
+
+
+def check_tiles(function: str, grid: tuple[int, int]) -> None:
+    """Raise ValueError unless whole tiles cover the grid."""
+    if grid[0] % TILE[0] or grid[1] % TILE[1]:
+        raise ValueError(
+            f"{function}: grid must be made of multiples of {TILE}, got {grid}: stock tiles need whole ones"
+        )
 
 
 def token_places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,287 @@
+"""Every command as a user types it, and what a user can get wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vision_attn as va
+from vision_attn import cli
+from vision_attn.benchmark import attention_bench
+
+SMALL = ["--size", "36x48", "--steps", "1"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return exit_.value.code, printed.out, printed.err
+
+    return run
+
+
+def test_help_lists_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("compare", "generate", "bench", "operators", "backends", "verify"):
+        assert f" {command} " in out
+    for later in ("simulate", "plan", "demo"):
+        assert f" {later} " not in out
+
+
+def test_the_installed_command_answers_quickly():
+    answer = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vision_attn.cli", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert answer.returncode == 0
+    assert "compare" in answer.stdout
+    imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+    assert imported.isdisjoint({"diffusers", "transformers", "timm", "gradio", "triton"})
+
+
+def test_compare_writes_sheet_and_json_and_prints_a_table(run, tiny_flux_folder, tmp_path):
+    out_folder = tmp_path / "out"
+    code, out, _ = run(
+        "compare", "--model", tiny_flux_folder, *SMALL, "--repeats", 1, "--warmup", 0, "--out", out_folder,
+        "--ops", "dense", "clear(radius=2)", "neighborhood(kernel_size=(3, 5))",
+    )  # fmt: skip
+    assert code == 0
+    assert sorted(path.name for path in out_folder.iterdir()) == ["compare.json", "compare.png"]
+    with Image.open(out_folder / "compare.png") as sheet:
+        assert sheet.width > 3 * 320
+    content = json.loads((out_folder / "compare.json").read_text())
+    names = ["dense", "clear(radius=2)", "neighborhood(kernel_size=(3, 5))"]
+    assert [row["operator"] for row in content["rows"]] == names
+    request = content["request"]
+    assert (request["height_px"], request["width_px"], request["steps"], request["guidance"]) == (36, 48, 1, 3.0)
+    assert request["prompt"] == "a red circle left of a blue square"
+    assert all(row["caption"].startswith("wrong") for row in content["rows"])
+    for name in names:
+        assert name in out
+    assert out.splitlines()[-1] == f"The picture: {out_folder / 'compare.png'}"
+
+
+def test_compare_json_is_all_that_standard_output_holds(run, tiny_flux_folder, tmp_path):
+    code, out, err = run(
+        "compare", "--model", tiny_flux_folder, *SMALL, "--repeats", 1, "--warmup", 0, "--json", "--out", tmp_path,
+        "--prompt", "something else", "--seed", 7, "--ops", "clear(radius=2)",
+    )  # fmt: skip
+    assert code == 0
+    content = json.loads(out)
+    assert [row["operator"] for row in content["rows"]] == ["dense", "clear(radius=2)"]
+    assert content["rows"][0]["caption"] is None
+    assert (content["request"]["prompt"], content["request"]["seed"]) == ("something else", 7)
+    assert "compare.png" in err
+
+
+def test_generate_writes_the_picture_of_the_operator(run, tiny_flux_folder, tmp_path):
+    pictures = {}
+    for name, op in (("dense", "dense"), ("local", "clear(radius=2)"), ("again", "clear(radius=2)")):
+        code, out, _ = run(
+            "generate", "--model", tiny_flux_folder, *SMALL, "--op", op, "--out", tmp_path / f"{name}.png"
+        )
+        assert code == 0
+        assert out == f"The picture: {tmp_path / f'{name}.png'}\n"
+        pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    assert pictures["dense"].shape == (36, 48, 3)
+    assert np.array_equal(pictures["local"], pictures["again"])
+    assert not np.array_equal(pictures["local"], pictures["dense"])
+
+
+def test_generate_patches_the_layers_that_are_named(run, tiny_flux_folder, tmp_path):
+    some, every = tmp_path / "some.png", tmp_path / "every.png"
+    arguments = ["generate", "--model", tiny_flux_folder, *SMALL, "--op", "clear(radius=2)"]
+    assert run(*arguments, "--layers", "single_transformer_blocks.*", "--out", some)[0] == 0
+    assert run(*arguments, "--layers", "single_transformer_blocks.*", "transformer_blocks.*", "--out", every)[0] == 0
+    assert not np.array_equal(np.asarray(Image.open(some)), np.asarray(Image.open(every)))
+
+
+def test_operators_as_table_and_json(run):
+    code, out, _ = run("operators")
+    assert code == 0
+    assert "clear(radius, down_factor=1, proportional=False)" in out
+    code, out, _ = run("operators", "--json")
+    assert {row["name"] for row in json.loads(out)} == set(va.operators())
+
+
+def test_backends_as_table_and_json(run):
+    code, out, _ = run("backends")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["backend", "usable", "here", "why"]
+    code, out, _ = run("backends", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["tiled"] == {"name": "tiled", "available": True, "reason": ""}
+    assert rows.keys() == set(va.backends())
+
+
+def test_verify_prints_its_checks(run, tiny_flux_folder):
+    code, out, _ = run("verify", "--model", tiny_flux_folder)
+    assert code == 0
+    assert "Dense is bit-identical" in out
+    assert "FAILED" not in out
+    code, out, _ = run("verify", "--model", tiny_flux_folder, "--json")
+    content = json.loads(out)
+    assert content["passed"] is True
+    assert {"name", "passed", "detail"} == content["checks"][0].keys()
+
+
+def test_verify_ends_with_1_when_a_check_fails(run, tiny_flux_folder, monkeypatch):
+    def fail(pipe):
+        raise va.PatchError("verify: target must pass every check, got\ncheck  FAILED")
+
+    monkeypatch.setattr(va, "verify", fail, raising=False)
+    code, out, err = run("verify", "--model", tiny_flux_folder)
+    assert (code, out) == (1, "")
+    assert "check  FAILED" in err
+
+
+def test_bench_of_own_cases(run):
+    arguments = ["bench", "--ops", "clear(radius=3)", "neighborhood(kernel_size=5)", "--grid", "16x8", "--heads", 2]
+    arguments += ["--head-dim", 16, "--repeats", 1, "--warmup", 0, "--no-flex", "--threads", 1]
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert "clear(radius=3), 16x8 tokens, 2 heads of 16" in out
+    assert "neighborhood(kernel_size=5), 16x8 tokens" in out
+    assert "linear: 4" not in out
+    code, out, _ = run(*arguments, "--json")
+    content = json.loads(out)
+    assert [case["case"]["grid"] for case in content["cases"]] == [[16, 8], [16, 8]]
+    assert (content["growth"], content["environment"]["threads"]) == (None, 1)
+
+
+def test_bench_of_the_standard_cases_adds_growth_and_memory(run, monkeypatch):
+    monkeypatch.setattr(attention_bench, "STANDARD_CASES", (attention_bench.Case(va.Clear(radius=3), (16, 8)),))
+    monkeypatch.setattr(attention_bench, "growth", lambda **options: 4.5)
+    monkeypatch.setattr(
+        attention_bench, "probe", lambda grid, **shape: {"peak_bytes": 9 * 2**20, "inputs_bytes": 3 * 2**20, **shape}
+    )
+    code, out, _ = run("bench", "--repeats", 1, "--no-flex", "--head-dim", 16)
+    assert code == 0
+    assert "clear(radius=3), 16x8 tokens, 8 heads of 16" in out
+    assert "4.50 times as long" in out
+    assert "need 9 MiB" in out
+
+
+WRONG = [
+    (["compare", "--size", "256"], r"--size must be HEIGHTxWIDTH such as 256x384, got '256'"),
+    (["compare", "--size", "0x64"], r"--size must be HEIGHTxWIDTH .* got '0x64'"),
+    (["compare", "--size", "64x-4"], r"--size must be HEIGHTxWIDTH .* got '64x-4'"),
+    (["compare", "--ops", "clera(radius=8)"], r"parse: text must name one of clear, .*got 'clera\(radius=8\)'"),
+    (
+        ["compare", "--ops", "clear(radius=8"],
+        r"parse: text must read name\(field=value, \.\.\.\).*got 'clear\(radius=8'",
+    ),
+    (["compare", "--ops", "clear(radius=-1)"], r"Clear: radius must be above 0.*got -1"),
+    (["compare", "--ops", "clear(size=8)"], r"parse: clear takes the fields radius, .*'size'"),
+    (["compare", "--ops"], r"[Oo]ption '?--ops'? requires an argument"),
+    (["compare", "--model", "no-such-model"], r"model must be one of shapes-flux.*got 'no-such-model'"),
+    (["compare", "--model", "."], r"holds no model_index\.json"),
+    (["compare", "--steps", "0"], r"Invalid value for '--steps'"),
+    (["compare", "--repeats", "many"], r"Invalid value for '--repeats': .*int"),
+    (["compare", "--sise", "64x64"], r"No such option:? '?--sise"),
+    (["comprae"], r"No such command 'comprae'"),
+    (["generate", "--op", "clear()"], r"parse: 'clear\(\)' does not make a clear operator: .*radius"),
+    (["generate", "--out", "image.txt"], r"out must end in \.png.*got 'image\.txt'"),
+    (["generate", "--model", "MODEL", "--device", "gpu"], r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
+    (
+        ["generate", "--model", "MODEL", "--dtype", "int8"],
+        r"--dtype must be one of float32, float16, bfloat16, got 'int8'",
+    ),
+    (["generate", "--model", "MODEL", "--frames", "5"], r"FluxPipeline takes no num_frames"),
+    (["generate", "--model", "MODEL", *SMALL, "--layers", "nothing.*", "--op", "dense"], r"patch: .*nothing\.\*"),
+    (["bench", "--ops", "dense"], r"bench: ops must be clear\(radius=\.\.\.\)"),
+    (["bench", "--ops", "clear(radius=3)", "--grid", "8by8"], r"--grid must be HEIGHTxWIDTH .* got '8by8'"),
+    (
+        ["bench", "--ops", "clear(radius=3)", "--grid", "9x8"],
+        r"grid must be made of multiples of \(8, 8\), got \(9, 8\)",
+    ),
+    (["operators", "clear"], r"[Gg]ot unexpected extra argument"),
+    (["verify", "--model", "no-such-model"], r"model must be one of shapes-flux"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_users_mistake_is_one_readable_line_and_exit_code_2(
+    run, tmp_path, monkeypatch, tiny_flux_folder, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*(tiny_flux_folder if argument == "MODEL" else argument for argument in arguments))
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.split("\n") if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("vision-attn: ")
+    assert_matches(message, lines[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_matches(pattern, text):
+    assert re.search(pattern, text), text
+
+
+def test_a_device_that_is_not_there(run, tiny_flux_folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = run("generate", "--model", tiny_flux_folder, "--device", "cuda")
+    assert (code, err) == (
+        2,
+        "vision-attn: --device must be one that this machine has, got 'cuda': torch sees no GPU, use cpu\n",
+    )
+
+
+def test_a_model_without_example_needs_a_prompt(run, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    code, _, err = run("compare", "--model", tmp_path)
+    assert code == 2
+    assert_matches("--prompt must be given, since '.*' brings no example", err)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def bug():
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("vision_attn.benchmark.listing.backend_rows", bug)
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["backends"])
+
+
+def test_the_traceback_of_a_mistake_can_be_had(monkeypatch):
+    monkeypatch.setenv("VISION_ATTN_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="--size must be"):
+        cli.main(["compare", "--size", "wide"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_ctrl_c_leaves_no_half_written_file(tiny_flux_folder, tmp_path):
+    command = [sys.executable, "-m", "vision_attn.cli", "compare", "--model", str(tiny_flux_folder), "--out", "out"]
+    process = subprocess.Popen(
+        [*command, "--size", "32x32", "--repeats", "1000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    # The progress bar appears when the model is loaded and the work has begun.
+    for line in process.stderr:
+        if "image" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].endswith("vision-attn: interrupted, nothing was written")
+    assert "Traceback" not in err
+    assert [path for path in Path(tmp_path).rglob("*") if path.is_file()] == []

@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from zoo import ZOO
 from zoo_case import UPSTREAM_WARNINGS, Case, Inputs, change
-from zoo_image import ZOO_IMAGE
 from zoo_measure import flat, is_attention, moved_rows
-from zoo_unet import ZOO_UNET
-from zoo_video import ZOO_VIDEO
 
 import vision_attn as va
 from vision_attn.patching.layouts import family_of
 
-ZOO = (*ZOO_IMAGE, *ZOO_VIDEO, *ZOO_UNET)
 pytestmark = UPSTREAM_WARNINGS
 every_case = pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
 

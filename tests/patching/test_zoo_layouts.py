@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-from zoo_case import UPSTREAM_WARNINGS, Case
-from zoo_image import ZOO_IMAGE
-from zoo_measure import AttentionCall, corners, encloses, flat, is_attention, moved_rows, recording, touch_feature_map
-from zoo_unet import ZOO_UNET
-from zoo_video import ZOO_VIDEO
+from collections.abc import Callable
 
-ZOO = (*ZOO_IMAGE, *ZOO_VIDEO, *ZOO_UNET)
+import pytest
+from zoo import ZOO
+from zoo_case import UPSTREAM_WARNINGS, Case
+from zoo_measure import AttentionCall, corners, encloses, flat, is_attention, moved_rows, recording, touch_feature_map
+
 pytestmark = UPSTREAM_WARNINGS
-every_case = pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
+
+
+def cases(condition: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """Parametrise over the cases of the zoo that fulfil a condition."""
+    return pytest.mark.parametrize("case", list(filter(condition, ZOO)), ids=lambda case: case.name)
 
 
 def pairs(before: list[AttentionCall], after: list[AttentionCall]) -> list[tuple[AttentionCall, AttentionCall]]:
@@ -34,10 +37,8 @@ def check_image_token(before: list[AttentionCall], after: list[AttentionCall], t
     return count
 
 
-@every_case
+@cases(lambda case: case.touch_image is not None)
 def test_layout_says_which_row_is_which_image_token(case: Case) -> None:
-    if case.touch_image is None:
-        pytest.skip("measured at its feature maps")
     with recording(case) as recorder:
         before = recorder.run(case.inputs(*case.grid))
         routed = {name for name, module in recorder.model.named_modules() if is_attention(module)}
@@ -51,10 +52,8 @@ def test_layout_says_which_row_is_which_image_token(case: Case) -> None:
             assert check_image_token(before, recorder.run(inputs), token) >= len(routed)
 
 
-@every_case
+@cases(lambda case: case.touch_text is not None)
 def test_layout_says_which_rows_are_text(case: Case) -> None:
-    if case.touch_text is None:
-        pytest.skip("no text in the sequence")
     with recording(case) as recorder:
         before = recorder.run(case.inputs(*case.grid))
         positions: dict[int, list[int]] = {}
@@ -73,10 +72,8 @@ def test_layout_says_which_rows_are_text(case: Case) -> None:
         assert positions or case.text_mixes
 
 
-@every_case
+@cases(lambda case: case.touch_image is None)
 def test_layout_says_which_row_is_which_pixel_of_a_feature_map(case: Case) -> None:
-    if case.touch_image is not None:
-        pytest.skip("measured at the model's input")
     with recording(case) as recorder:
         before = recorder.run(case.inputs(*case.grid))
         checked = set()

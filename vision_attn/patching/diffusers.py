@@ -18,7 +18,7 @@ from vision_attn.patching.layer import Layer
 from vision_attn.patching.layouts import FAMILIES, REFUSED, Family, family_of
 from vision_attn.patching.parameters import initial_parameters
 from vision_attn.patching.report import Skipped
-from vision_attn.patching.routing import Processor, Route, attention_call, is_routed
+from vision_attn.patching.routing import Processor, Route, attention_call, is_routed, stock_of
 from vision_attn.patching.selection import Rule
 from vision_attn.patching.steps import TIMESTEP_NAMES, StepTracker
 
@@ -237,8 +237,4 @@ def _original(name: str, processor: Processor) -> Processor:
             f"patch: each layer must be patched once, got {name!r}, which has {processor.layer.operator}: remove that "
             "patch or leave the layer out with layers="
         )
-    if processor.layer is not None:
-        return processor.layer.original
-    stock = object.__new__(type(processor).stock_class)
-    object.__setattr__(stock, "__dict__", processor.__dict__)
-    return stock
+    return stock_of(processor)

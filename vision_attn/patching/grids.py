@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
 
 LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
@@ -63,11 +64,20 @@ class GivenGrid:
         self.family_layout = family_layout
 
     def __call__(self, module: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
-        """The family's layout with the user's grid; `None` if that has another number of tokens."""
+        """The family's layout with the user's grid.
+
+        Raises:
+            PatchError: The call has another number of image tokens than the grid.
+        """
         if torch.compiler.is_compiling() and "img_ids" in call:
             return TokenLayout(self.grid, text_before=call["encoder_hidden_states"].shape[1])
         layout = self.family_layout(module, call)
         given = TokenLayout(self.grid)
-        if layout is None or layout.image_tokens != given.image_tokens:
+        if layout is None:
             return None
+        if layout.image_tokens != given.image_tokens:
+            raise PatchError(
+                f"patch: grid must have the {layout.image_tokens} image tokens of this call, got {self.grid}: the "
+                f"model's own grid is {layout.grid}"
+            )
         return dataclasses.replace(layout, grid=self.grid)

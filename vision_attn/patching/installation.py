@@ -18,7 +18,7 @@ from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.report import Skipped
-from vision_attn.patching.routing import Processor, attention_call, is_routed, stock_class
+from vision_attn.patching.routing import Processor, attention_call, is_routed, stock_class, stock_of
 from vision_attn.patching.steps import StepTracker
 
 LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
@@ -209,20 +209,26 @@ class Installation:
     def _replaced(self, entry: Entry, current: Processor) -> None:
         layer = entry.layer
         if is_routed(current):
-            if getattr(current, "layer", None) is not None and current.layer.installed and current.layer is not layer:
+            if current.layer is layer:  # an earlier twin that was put back, as unfusing does
+                entry.twin, layer.original = current, getattr(current, "original", layer.original)
+            elif current.layer is not None and current.layer.installed:
                 self._lose(layer, f"another patch holds it ({current.layer.operator})")
-                return
-            # Made again by its class without arguments (IP-Adapter loading), or an earlier twin that was put back.
-            place(entry.module, entry.twin)
+            else:  # made again by its class without arguments, as IP-Adapter loading does
+                self._route_again(entry, stock_of(current))
             return
         if type(current) is stock_class(entry.twin):
             self._lose(layer, f"its processor was set back to a stock {type(current).__name__}")
         elif attention_call(type(current)) is None:
             self._lose(layer, f"its new processor {type(current).__name__} makes no attention call that can be routed")
         else:
-            layer.original = current
-            entry.twin = layer.make_twin()
-            place(entry.module, entry.twin)
+            self._route_again(entry, current)
+
+    def _route_again(self, entry: Entry, stock: Processor) -> None:
+        # The processor that comes back on removal stays the same object as long as its class does.
+        if type(stock) is not type(entry.layer.original):
+            entry.layer.original = stock
+        entry.twin = entry.layer.make_twin()
+        place(entry.module, entry.twin)
 
     def _lose(self, layer: Layer, reason: str) -> None:
         message = (
@@ -260,9 +266,11 @@ class Installation:
         """Put the original processors back and take the hooks away. May be called again."""
         for entry in self.entries:
             entry.layer.installed = False
-            current = getattr(entry.module, "processor", None)
-            if current is entry.twin or (is_routed(current) and getattr(current, "layer", None) in (None, entry.layer)):
+            current: Any = getattr(entry.module, "processor", None)
+            if current is entry.twin:
                 place(entry.module, entry.layer.original)
+            elif is_routed(current) and (current.layer is None or not current.layer.installed):
+                place(entry.module, stock_of(current, entry.layer.original))
         self._restore_remembered()
         for module, hook in self._hooks:
             _unregister(module, hook)
@@ -273,10 +281,9 @@ class Installation:
         remembered = getattr(self.model, "original_attn_processors", None)
         if not isinstance(remembered, dict):
             return
-        originals = {id(entry.twin): entry.layer.original for entry in self.entries}
         for name, processor in remembered.items():
             if is_routed(processor) and processor.layer is not None and not processor.layer.installed:
-                remembered[name] = originals.get(id(processor), processor)
+                remembered[name] = stock_of(processor)
 
     def _register(self, module: nn.Module, hook: _Hook, before: bool) -> None:
         if before:

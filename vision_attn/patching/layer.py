@@ -56,10 +56,10 @@ class Layer:
         """The operator of this layer."""
         return self.route.operator
 
-    def make_twin(self) -> Processor:
-        """A routed processor for the layer's current original."""
+    def make_twin(self, original: Processor = None) -> Processor:
+        """A routed stand-in for a stock processor, by default the layer's current original."""
         learned = self.trainable and bool(self.parameters)
-        twin = self.route.twin(self.original, self, learned)
+        twin = self.route.twin(self.original if original is None else original, self, learned)
         if learned:
             for name, parameter in self.parameters.items():
                 twin.register_parameter(name, parameter)

@@ -115,7 +115,7 @@ def _operate(
 class DecoderLayer(Layer):
     """A patched attention layer of the decoder."""
 
-    def make_twin(self) -> Processor:
+    def make_twin(self, original: Processor = None) -> Processor:
         """A processor that stands in for the layer's current original."""
         stock: Any = type(self.original)
         twin = processor_class(stock)()

@@ -6,7 +6,7 @@ stay upstream's, so nothing is copied that an upgrade could outdate, and a class
 reported instead of silently missed.
 
 There is one subclass per (stock class, operator), never one per layer: torch.compile then needs one graph per kind of
-block. What differs between layers is in the `layer` slot of the instance.
+block. What differs between layers is in two slots of the instance: `layer`, and `original`, the stock processor.
 """
 
 from __future__ import annotations
@@ -75,6 +75,17 @@ def is_routed(processor: Processor) -> bool:
     return "stock_class" in vars(type(processor))
 
 
+def stock_of(processor: Processor, fallback: Processor = None) -> Processor:
+    """The stock processor behind a routed one; `fallback`, if of the same class, for one that was made by its class."""
+    if getattr(processor, "original", None) is not None:
+        return processor.original
+    if type(fallback) is stock_class(processor):
+        return fallback
+    stock: Any = object.__new__(stock_class(processor))
+    object.__setattr__(stock, "__dict__", processor.__dict__)
+    return stock
+
+
 class _Running(threading.local):
     """The layer whose processor is running in this thread: the replaced function has no other way to know it."""
 
@@ -120,6 +131,7 @@ class Route:
         else:
             object.__setattr__(twin, "__dict__", processor.__dict__)
         object.__setattr__(twin, "layer", layer)
+        object.__setattr__(twin, "original", processor)
         return twin
 
 
@@ -145,7 +157,7 @@ def _routed_class(stock: Any, operator: Any, learned: bool) -> type:
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
-        "__slots__": ("layer",),
+        "__slots__": ("layer", "original"),
         "__new__": _new,
         "__reduce__": _reduce,
         "__reduce_ex__": _reduce,
@@ -253,6 +265,7 @@ def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
     # diffusers makes processors again with `value.__class__()`: such an instance has no layer until the next forward.
     instance: Any = object.__new__(cls)
     object.__setattr__(instance, "layer", None)
+    object.__setattr__(instance, "original", None)
     return instance
 
 
@@ -266,14 +279,16 @@ def _copy(self: Any) -> Any:
     twin = object.__new__(type(self))
     object.__setattr__(twin, "__dict__", dict(self.__dict__))
     object.__setattr__(twin, "layer", self.layer)
+    object.__setattr__(twin, "original", self.original)
     return twin
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    layer = copy.deepcopy(self.layer, memo)
-    if layer is None:
-        return _new(type(self))
-    return layer.twin_of_copy(self, memo)
+    if self.layer is None:
+        twin = _new(type(self))
+        object.__setattr__(twin, "__dict__", copy.deepcopy(self.__dict__, memo))
+        return twin
+    return copy.deepcopy(self.layer, memo).make_twin(copy.deepcopy(self.original, memo))
 
 
 def _copy_metadata(stock: type, routed: type) -> None:

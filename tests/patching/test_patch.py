@@ -1,0 +1,273 @@
+"""What `patch` routes, what it leaves alone, and that removal is exact."""
+
+import copy
+import re
+
+import pytest
+import torch
+from probe_operators import Disc, Whole
+from tiny_models import FLUX, QWEN, SD3, SDXL, TINY, UNET, WAN, Tiny
+
+import vision_attn as va
+
+
+def processors(model: torch.nn.Module) -> dict[str, object]:
+    return {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
+
+
+def assert_stock(model: torch.nn.Module, stock: dict[str, object]) -> None:
+    now = processors(model)
+    assert now.keys() == stock.keys()
+    assert all(now[name] is stock[name] for name in stock)
+    assert all("layer" not in vars(processor) for processor in now.values())
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ]
+    assert not hooks
+    assert not any(module._forward_pre_hooks_with_kwargs for module in model.modules())
+
+
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_a_patch_is_exact_and_is_undone_exactly(tiny: Tiny):
+    model = tiny.model()
+    stock, keys, output = processors(model), list(model.state_dict()), tiny.run(model)
+    with va.patch(model, va.Dense()) as patch:
+        assert torch.equal(tiny.run(model), output)
+        assert patch.routed
+        assert {call.kind for calls in patch.calls.values() for call in calls} == {"operator"}
+        assert set(patch.calls) == {layer.name for layer in patch.routed}
+        assert list(model.state_dict()) == keys
+    assert_stock(model, stock)
+    with va.patch(model, Whole()):
+        assert torch.equal(tiny.run(model), output)
+    with va.patch(model, Disc(2)) as patch:
+        local = tiny.run(model)
+        assert not torch.allclose(local, output, atol=1e-4)
+    with va.patch(model, va.Clear(radius=2)):
+        torch.testing.assert_close(tiny.run(model), local, atol=1e-5, rtol=1e-5)
+    assert torch.equal(tiny.run(model), output)
+    assert_stock(model, stock)
+
+
+def test_report_names_what_is_routed_and_why_the_rest_is_not():
+    model = WAN.model()
+    patch = va.patch(model, va.Clear(radius=2))
+    assert [layer.name for layer in patch.routed] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert all(layer.operator == va.Clear(radius=2) for layer in patch.routed)
+    assert [layer.name for layer in patch.skipped] == ["blocks.0.attn2", "blocks.1.attn2"]
+    assert all("cross-attention" in layer.reason for layer in patch.skipped)
+    assert patch.calls == {}
+    WAN.run(model)
+    assert patch.calls["blocks.0.attn1"][0].layout == va.TokenLayout((3, 4, 5))
+    assert [call.kind for call in patch.calls["blocks.0.attn1"]] == ["operator"]
+    text = str(patch)
+    assert re.search(r"blocks\.0\.attn1 +clear\(radius=2\) +operator", text)
+    assert re.search(r"blocks\.1\.attn2 +- +cross-attention", text)
+
+
+def test_layouts_of_both_streams():
+    for tiny, layout in (
+        (FLUX, va.TokenLayout((5, 7), text_before=5)),
+        (SD3, va.TokenLayout((5, 7), text_after=5)),
+        (QWEN, va.TokenLayout((5, 7), text_before=5)),
+    ):
+        model = tiny.model()
+        with va.patch(model, va.Clear(radius=2)) as patch:
+            tiny.run(model)
+            assert {call.layout for calls in patch.calls.values() for call in calls} == {layout}
+
+
+def test_each_level_of_a_unet_has_its_grid():
+    model = UNET.model(
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    with va.patch(model, Disc(2)) as patch:
+        UNET.run(model)
+        grids = {name: calls[0].layout.grid for name, calls in patch.calls.items()}
+    assert grids["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] == (6, 10)
+    assert grids["down_blocks.1.attentions.0.transformer_blocks.0.attn1"] == (3, 5)
+    assert grids["mid_block.attentions.0.transformer_blocks.0.attn1"] == (3, 5)
+    assert all(layer.name.endswith("attn2") for layer in patch.skipped)
+
+
+def test_calls_are_those_of_the_last_forward():
+    model = SD3.model()
+    patch = va.patch(model, va.Clear(radius=2))
+    SD3.run(model, 5, 7)
+    SD3.run(model, 4, 6)
+    assert [call.layout.grid for calls in patch.calls.values() for call in calls] == [(4, 6)] * 2
+
+
+def test_restored_after_an_exception():
+    model = FLUX.model()
+    stock = processors(model)
+    with pytest.raises(ZeroDivisionError), va.patch(model, va.Dense()):  # noqa: PT012
+        FLUX.run(model)
+        raise ZeroDivisionError
+    assert_stock(model, stock)
+
+
+def test_remove_and_unpatch_may_be_repeated():
+    model = FLUX.model()
+    stock = processors(model)
+    patch = va.patch(model, va.Dense())
+    patch.remove()
+    patch.remove()
+    assert_stock(model, stock)
+    va.patch(model, va.Dense())
+    va.unpatch(model)
+    va.unpatch(model)
+    assert_stock(model, stock)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_disjoint_patches_nest_and_go_in_any_order(first: int):
+    model = FLUX.model()
+    stock, dense = processors(model), FLUX.run(model)
+    patches = [va.patch(model, Disc(2), layers="transformer_blocks.*"), va.patch(model, Disc(3), layers="single*")]
+    both = FLUX.run(model)
+    patches[first].remove()
+    one = FLUX.run(model)
+    patches[1 - first].remove()
+    assert torch.equal(FLUX.run(model), dense)
+    assert len({tuple(t.flatten()[:50].tolist()) for t in (dense, one, both)}) == 3
+    assert_stock(model, stock)
+
+
+def test_unpatch_removes_all_patches():
+    model = FLUX.model()
+    stock = processors(model)
+    va.patch(model, Disc(2), layers="transformer_blocks.*")
+    va.patch(model, Disc(3), layers="single*")
+    va.unpatch(model)
+    assert_stock(model, stock)
+
+
+def test_a_layer_is_patched_once():
+    model = FLUX.model()
+    va.patch(model, va.Clear(radius=2), layers="*.1.attn")
+    with pytest.raises(
+        va.PatchError, match=r"patched once, got 'single_transformer_blocks\.1\.attn', which has clear\(radius=2\)"
+    ):
+        va.patch(model, va.Dense())
+    assert [
+        type(p).__mro__[1].__name__ for n, p in processors(model).items() if n != "single_transformer_blocks.1.attn"
+    ] == [
+        "object",
+        "object",
+    ]
+
+
+def test_layers_select_by_glob_list_predicate_and_dict():
+    model = FLUX.model()
+    names = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"]
+
+    def routed(**arguments) -> list[str]:
+        with va.patch(model, **arguments) as patch:
+            assert {layer.name for layer in patch.routed} | {layer.name for layer in patch.skipped} == set(names)
+            assert all(layer.reason == "not selected by layers" for layer in patch.skipped)
+            return [f"{layer.name} {layer.operator}" for layer in patch.routed]
+
+    op = va.Dense()
+    assert routed(op=op) == [f"{name} dense()" for name in names]
+    assert routed(op=op, layers="single*") == [f"{name} dense()" for name in names[1:]]
+    assert routed(op=op, layers=["transformer*", "*.1.attn"]) == [f"{name} dense()" for name in (names[0], names[2])]
+    assert routed(op=op, layers=lambda name: name.endswith("s.0.attn")) == [f"{name} dense()" for name in names[:2]]
+    mixed = routed(layers={"*.1.attn": va.Clear(radius=2), "single*": va.Neighborhood(3)})
+    assert mixed == [f"{names[1]} neighborhood(kernel_size=3)", f"{names[2]} clear(radius=2)"]
+
+
+def test_a_predicate_may_select_depth():
+    model = SDXL.model()
+    with va.patch(model, Disc(2), layers=lambda name: "up_blocks" in name) as patch:
+        assert patch.routed
+        assert all(layer.name.startswith("up_blocks") for layer in patch.routed)
+
+
+def test_other_models_of_the_class_are_untouched():
+    patched, other = FLUX.model(), FLUX.model()
+    reference = FLUX.run(other)
+    va.patch(patched, Disc(2))
+    assert torch.equal(FLUX.run(other), reference)
+    assert not torch.equal(FLUX.run(patched), reference)
+
+
+def test_batches_of_classifier_free_guidance_are_independent():
+    model = SD3.model()
+    inputs = SD3.inputs(5, 7)
+    with va.patch(model, Disc(2)), torch.no_grad():
+        both = model(**inputs).sample
+        halves = [model(**{name: value[i : i + 1] for name, value in inputs.items()}).sample for i in range(2)]
+    torch.testing.assert_close(both, torch.cat(halves), atol=1e-5, rtol=1e-5)
+
+
+def test_locality_at_the_first_layer():
+    """With a window of radius 2 in the only layer, a touched token reaches no further than one token on each axis."""
+    model = SD3.model(num_layers=1)
+    inputs = SD3.inputs(5, 7)
+    touched = copy.deepcopy(inputs)
+    touched["hidden_states"][:, :, 2 * 1, 2 * 5] += 1.0  # token (1, 5)
+    with torch.no_grad():
+        model.pos_embed.proj.bias.zero_()
+        with va.patch(model, va.Clear(radius=2)):
+            difference = model(**touched).sample - model(**inputs).sample
+    moved = torch.nn.functional.max_pool2d(difference.abs().amax(1, keepdim=True), 2)[0, 0] > 0
+    rows, columns = torch.meshgrid(torch.arange(5), torch.arange(7), indexing="ij")
+    assert torch.equal(moved, (rows - 1) ** 2 + (columns - 5) ** 2 < 4)
+
+
+def test_grid_of_an_unknown_model():
+    class Stranger(type(FLUX.model())):
+        pass
+
+    model = FLUX.model()
+    model.__class__ = Stranger
+    with va.patch(model, Disc(2)) as patch:
+        FLUX.run(model)
+        assert patch.calls["transformer_blocks.0.attn"][0].layout == va.TokenLayout((5, 7), text_before=5)
+
+
+class Unknown(torch.nn.Module):
+    """A model that nobody knows: one FLUX attention over text and image."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = FLUX.model().single_transformer_blocks[0].attn
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attn(tokens)
+
+
+def test_grid_serves_unknown_models():
+    torch.manual_seed(1)
+    model, tokens = Unknown(), torch.randn(2, 5 + 4 * 6, 32)
+    with pytest.raises(va.PatchError, match="Unknown: pass grid="):
+        va.patch(model, Disc(2))
+    with torch.no_grad():
+        with va.patch(model, Disc(2), grid=(4, 6)) as patch:
+            last = model(tokens)
+            assert patch.calls["attn"][0].layout == va.TokenLayout((4, 6), text_before=5)
+        with va.patch(model, Disc(2), grid=va.TokenLayout((4, 6), text_after=5)) as patch:
+            first = model(tokens)
+            assert patch.calls["attn"][0].layout == va.TokenLayout((4, 6), text_after=5)
+        with (
+            va.patch(model, Disc(2), grid=(7, 6)),
+            pytest.raises(va.PatchError, match=r"got 29 query and 29 key tokens"),
+        ):
+            model(tokens)
+    assert not torch.allclose(first, last, atol=1e-4)
+
+
+def test_grid_overrides_a_known_model():
+    model = FLUX.model()
+    with va.patch(model, Disc(2), grid=(7, 5)) as patch:
+        FLUX.run(model)
+        assert patch.calls["transformer_blocks.0.attn"][0].layout == va.TokenLayout((7, 5), text_before=5)
+    with (
+        va.patch(model, Disc(2), grid=(6, 6)),
+        pytest.raises(va.PatchError, match=r"grid must have the 35 image tokens of this call, got \(6, 6\)"),
+    ):
+        FLUX.run(model)

@@ -44,6 +44,7 @@ def na1d(
     """1-D Generalized Neighborhood Attention on `[B, X, H, D]`; everything else as `na2d`.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(1, 10, 2, 8)
         >>> na1d(x, x, x, kernel_size=3).shape
         torch.Size([1, 10, 2, 8])
@@ -98,6 +99,7 @@ def na2d(
     Source: arXiv 2504.16922; `natten.na2d` (which takes `scale=0` for "default"; here only None is).
 
     Example:
+        >>> import torch
         >>> x = torch.randn(1, 6, 9, 2, 8)
         >>> na2d(x, x, x, kernel_size=(3, 5), stride=(1, 2)).shape
         torch.Size([1, 6, 9, 2, 8])
@@ -125,6 +127,7 @@ def na3d(
     """3-D Generalized Neighborhood Attention on `[B, T, Y, X, H, D]`; everything else as `na2d`.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(1, 2, 4, 5, 2, 8)
         >>> na3d(x, x, x, kernel_size=(2, 3, 3), is_causal=(True, False, False)).shape
         torch.Size([1, 2, 4, 5, 2, 8])

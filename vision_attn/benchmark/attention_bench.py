@@ -290,8 +290,10 @@ def bench_report(
     on_run: Callable[[str], None] = lambda name: None,
 ) -> BenchReport:
     """Run the cases, then, with `scaling`, growth and memory of `clear_attention`; see `bench_case` for the rest."""
-    options = {"repeats": repeats, "warmup": warmup, "device": device, "dtype": dtype, "flex": flex}
-    results = tuple(bench_case(case, **options, on_run=on_run) for case in cases)
+    results = tuple(
+        bench_case(case, repeats=repeats, warmup=warmup, device=device, dtype=dtype, flex=flex, on_run=on_run)
+        for case in cases
+    )
     environment = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

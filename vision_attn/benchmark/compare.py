@@ -137,7 +137,7 @@ def compare(
         if operator != va.Dense() and operator not in windowed:
             windowed.append(operator)
     contenders = {DENSE: None, **{str(operator): operator for operator in windowed}}
-    device = denoiser(pipe).device
+    device = _device_of(pipe)
     timings = interleaved(
         {name: _drawing(pipe, operator, request) for name, operator in contenders.items()},
         repeats=repeats,
@@ -190,9 +190,10 @@ def _drawing(pipe: Any, operator: Any, request: Request) -> Callable[[], object]
 def _measure(pipe: Any, operator: Any, request: Request) -> _Measured:
     """One image with the clock and the memory gauge on, which latency must not include."""
     model = denoiser(pipe)
-    clock = AttentionClock(model, model.device)
+    device = _device_of(pipe)
+    clock = AttentionClock(model, device)
     with _patched(pipe, operator) as patch:
-        with clock.watch(operator), PeakMemory(model.device) as memory:
+        with clock.watch(operator), PeakMemory(device) as memory:
             start = time.perf_counter()
             image = generate(pipe, request)
             seconds = time.perf_counter() - start
@@ -237,6 +238,10 @@ def _row(
         routed_layers=found.routed,
         dense_layers=found.dense_layers,
     )
+
+
+def _device_of(pipe: Any) -> torch.device:
+    return next(denoiser(pipe).parameters()).device
 
 
 def _environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

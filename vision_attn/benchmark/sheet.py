@@ -169,7 +169,7 @@ def _still(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return image if image.ndim == 3 else image[len(image) // 2]
 
 
-def _scaled(picture: NDArray[np.float32], height: int) -> Image.Image:
+def _scaled(picture: NDArray[np.floating], height: int) -> Image.Image:
     pixels = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
     # Enlarged pixels stay pixels: smoothing would hide what the small models draw.
     way = Image.Resampling.NEAREST if pixels.width * 2 <= _PICTURE else Image.Resampling.LANCZOS

@@ -171,11 +171,12 @@ def _motif(model: Any, call: Mapping[str, Any]) -> TokenLayout:
 
 def _minimax_h3(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     """Text, references and audio, then the video, which ends the packed sequence; read from the position ids."""
-    positions, video = call["position_ids"], call["video_indices"]
+    positions, video, noise = call["position_ids"], call["video_indices"], call["timestep_indices"]
     if int(video[-1]) != positions.shape[0] - 1:
         return None
     contiguous = 1 + _trailing(video[1:] == video[:-1] + 1)
-    return _layout_at_end(positions, contiguous)
+    # References are clean, the video is noisy.
+    return _layout_at_end(positions, min(contiguous, _trailing(noise == noise[-1])))
 
 
 def _layout_at_end(positions: torch.Tensor, video_tokens: int) -> TokenLayout | None:

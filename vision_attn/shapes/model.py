@@ -180,10 +180,10 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
         torch.manual_seed(seed)
         tokenizer, tokenizer_2 = build_clip_tokenizer(), build_t5_tokenizer()
         text_encoder, text_encoder_2 = build_text_encoders(tokenizer, tokenizer_2)
-        transformer = build_transformer()
+        transformer, vae = build_transformer(), build_autoencoder()
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
-        vae=build_autoencoder(),
+        vae=vae,
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2.eval(),

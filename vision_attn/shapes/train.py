@@ -44,10 +44,10 @@ _GRIDS: tuple[tuple[tuple[int, int], float, float], ...] = (
     ((48, 48), 0.00, 0.035),
     ((64, 64), 0.00, 0.015),
 )
-_MIXED_FROM = 0.4
+_MIXED_FROM = 0.6
 # Shares of the kinds of scene (one, two, relation, many) in the first `_SIMPLE_UNTIL` of the run and after it.
 _SIMPLE_KINDS = (0.45, 0.35, 0.15, 0.05)
-_ALL_KINDS = (0.20, 0.35, 0.25, 0.20)
+_ALL_KINDS = (0.30, 0.35, 0.22, 0.13)
 _SIMPLE_UNTIL = 0.15
 _DROPPED_CAPTIONS = 0.1
 _CHECKPOINT = "checkpoint.pt"
@@ -362,7 +362,7 @@ def load_for_training(directory: Path) -> FluxPipeline:
         raise FileNotFoundError(
             f"load_for_training: directory must hold model_index.json, got {directory}: export a model"
         )
-    pipeline = FluxPipeline.from_pretrained(directory, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = FluxPipeline.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

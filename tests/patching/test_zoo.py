@@ -94,7 +94,7 @@ def spied(case: Case, operator: Any, inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def oracle(call: dict[str, Any], visible: torch.Tensor | None) -> torch.Tensor:
-    """Masked softmax attention in float64."""
+    """Masked softmax attention in float64; a row that sees nothing is zero, as everywhere in torch."""
     query, key, value = (call[name].double().transpose(1, 2) for name in "qkv")
     scale, mask = call["options"]["scale"], call["options"].get("attn_mask")
     scores = (query.shape[-1] ** -0.5 if scale is None else scale) * query @ key.transpose(-1, -2)
@@ -102,7 +102,7 @@ def oracle(call: dict[str, Any], visible: torch.Tensor | None) -> torch.Tensor:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    return (scores.softmax(-1).nan_to_num(0.0) @ value).transpose(1, 2)
 
 
 @every_case

@@ -28,6 +28,13 @@ def ids(rows: int, columns: int, axes: int = 3, image: float = 0) -> torch.Tenso
     return table.reshape(rows * columns, axes)
 
 
+def text_mask() -> torch.Tensor:
+    """The prompt of the second sample is shorter."""
+    mask = torch.ones(2, TEXT, dtype=torch.bool)
+    mask[1, 3:] = False
+    return mask
+
+
 def flux() -> nn.Module:
     return diffusers.FluxTransformer2DModel(
         in_channels=CHANNELS,
@@ -114,6 +121,11 @@ def chroma() -> nn.Module:
     )
 
 
+def chroma_masked_inputs(rows: int, columns: int) -> Inputs:
+    mask = torch.cat([text_mask(), torch.ones(2, rows * columns, dtype=torch.bool)], dim=1)
+    return packed(rows, columns) | {"attention_mask": mask}
+
+
 def bria() -> nn.Module:
     return diffusers.BriaTransformer2DModel(
         in_channels=CHANNELS,
@@ -194,6 +206,10 @@ def qwen_inputs(rows: int, columns: int) -> Inputs:
         "timestep": TIME.clone(),
         "img_shapes": [[(1, rows, columns)]] * 2,
     }
+
+
+def qwen_masked_inputs(rows: int, columns: int) -> Inputs:
+    return qwen_inputs(rows, columns) | {"encoder_hidden_states_mask": text_mask()}
 
 
 def qwen_edit_inputs(rows: int, columns: int) -> Inputs:
@@ -311,6 +327,7 @@ def krea2() -> nn.Module:
 
 def krea2_inputs(rows: int, columns: int) -> Inputs:
     return {
+        "encoder_attention_mask": text_mask(),
         "hidden_states": randn(2, rows * columns, CHANNELS),
         "encoder_hidden_states": randn(2, TEXT, 3, WIDTH, seed=1),
         "timestep": TIME.clone(),
@@ -334,11 +351,14 @@ ZOO_FLUX: tuple[Case, ...] = (
     case("flux3", flux3, lambda *grid: packed(*grid, axes=4)),
     case("flux3_reference", flux3, flux3_inputs),
     case("chroma", chroma, packed),
+    case("chroma_masked", chroma, chroma_masked_inputs),
     case("bria", bria, packed),
     case("fibo", fibo, fibo_inputs),
     case("longcat_image", longcat, longcat_inputs),
     case("ovis_image", ovis, packed),
     case("qwen_image", qwen, qwen_inputs),
+    case("qwen_image_masked", qwen, qwen_masked_inputs),
+    case("nucleus_image_masked", nucleus, qwen_masked_inputs),
     case("qwen_image_edit", qwen, qwen_edit_inputs),
     case("qwen_image_layered", qwen_layered, qwen_layered_inputs, grid=(2, 5, 7)),
     case(

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import nn
 from zoo_case import Case, Inputs, change, randn, seeded, touch_latent, touch_row
-from zoo_flux import ZOO_FLUX
+from zoo_flux import ZOO_FLUX, text_mask
 
 TEXT = 5  # text tokens
 WIDTH = 32  # channels of the text embeddings
@@ -273,6 +273,18 @@ def glm_image_inputs(rows: int, columns: int) -> Inputs:
     }
 
 
+def prx_masked_inputs(rows: int, columns: int) -> Inputs:
+    return latent_and_text(rows, columns) | {"attention_mask": text_mask()}
+
+
+def cogview4_masked_inputs(rows: int, columns: int) -> Inputs:
+    return cogview_inputs(rows, columns) | {"attention_mask": text_mask()}
+
+
+def glm_image_masked_inputs(rows: int, columns: int) -> Inputs:
+    return glm_image_inputs(rows, columns) | {"attention_mask": text_mask()}
+
+
 def prx() -> nn.Module:
     return diffusers.PRXTransformer2DModel(
         in_channels=4, patch_size=2, context_in_dim=WIDTH, hidden_size=16, num_heads=2, depth=2, axes_dim=[4, 4]
@@ -327,14 +339,18 @@ def omnigen() -> nn.Module:
 
 
 def omnigen_inputs(rows: int, columns: int) -> Inputs:
+    """Text is causal and padded on the left, the image sees all text and itself."""
     tokens = TEXT + 1 + rows * columns
+    mask = torch.ones(2, tokens, tokens).tril()
+    mask[:, TEXT + 1 :] = 1
+    mask[1, 2:, :2] = 0
     return {
         "hidden_states": latent(rows, columns),
         "timestep": TIME.clone(),
         "input_ids": torch.arange(1, 1 + 2 * TEXT).reshape(2, TEXT),
         "input_img_latents": [],
         "input_image_sizes": {},
-        "attention_mask": torch.ones(2, tokens, tokens),
+        "attention_mask": mask,
         "position_ids": torch.arange(tokens).expand(2, -1),
     }
 
@@ -395,7 +411,7 @@ def hunyuan_image_inputs(rows: int, columns: int) -> Inputs:
         "hidden_states": latent(rows, columns, 1),
         "timestep": TIME.clone(),
         "encoder_hidden_states": text(),
-        "encoder_attention_mask": torch.ones(2, TEXT),
+        "encoder_attention_mask": text_mask(),
         "encoder_hidden_states_2": text(3, seed=2),
         "encoder_attention_mask_2": torch.ones(2, 3),
     }
@@ -419,7 +435,7 @@ def ernie_inputs(rows: int, columns: int) -> Inputs:
         "hidden_states": latent(rows, columns, 1),
         "timestep": TIME.clone(),
         "text_bth": text(),
-        "text_lens": torch.tensor([TEXT, TEXT]),
+        "text_lens": torch.tensor([TEXT, 3]),
     }
 
 
@@ -524,7 +540,10 @@ ZOO_IMAGE: tuple[Case, ...] = (
     case("cogview3_plus", cogview3, cogview_inputs),
     case("cogview4", cogview4, cogview_inputs),
     case("glm_image", glm_image, glm_image_inputs),
+    case("cogview4_masked", cogview4, cogview4_masked_inputs),
+    case("glm_image_masked", glm_image, glm_image_masked_inputs),
     case("prx", prx, latent_and_text),
+    case("prx_masked", prx, prx_masked_inputs),
     case("hidream", hidream, hidream_inputs, text_key="encoder_hidden_states_t5"),
     case("hidream_square", hidream, hidream_inputs, text_key="encoder_hidden_states_t5", grid=(6, 6)),
     case("omnigen", omnigen, omnigen_inputs, touch_text=omnigen_touch_text),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from zoo_flux import ids
 
-from vision_attn.patching.layouts.position_ids import grid_from_ids, ids_table, leading_run
+from vision_attn.patching.layouts.position_ids import grid_from_ids, ids_table, leading_run, read_grid, read_target
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (7, 5), (1, 6), (6, 1), (1, 1)])
@@ -58,3 +58,26 @@ def test_leading_run() -> None:
 def test_a_batch_of_ids_is_that_of_its_first_sample() -> None:
     batch = torch.stack([ids(2, 3), ids(2, 3) + 1])
     assert torch.equal(ids_table(batch), ids(2, 3))
+
+
+def test_target_and_references_differ_in_the_first_column() -> None:
+    both = torch.cat([ids(5, 7, image=1), ids(4, 3, image=2)])
+    assert read_target(both) == (35, (5, 7))
+    assert read_target(both[None]) == (35, (5, 7))
+    assert read_target(torch.cat([ids(5, 7), ids(4, 3)])) == (47, None)
+
+
+def test_grid_behind_text() -> None:
+    assert read_grid(torch.cat([torch.zeros(4, 3), ids(5, 7)]), start=4) == (5, 7)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
+def test_a_whole_graph_is_refused_with_the_way_out() -> None:
+    compiled = torch.compile(lambda table: table + len(read_grid(table) or ()), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"pass grid=\(Y, X\) to va.patch, or compile only the blocks"):
+        compiled(ids(5, 7))
+
+
+def test_a_graph_that_may_break_goes_on() -> None:
+    compiled = torch.compile(lambda table: table + len(read_grid(table) or ()), backend="eager")
+    assert torch.equal(compiled(ids(5, 7)), ids(5, 7) + 2)

@@ -13,7 +13,14 @@ from typing import Any
 
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.layouts.family import Family
-from vision_attn.patching.layouts.position_ids import grid_from_ids, ids_table, leading_run
+from vision_attn.patching.layouts.position_ids import (
+    grid_from_ids,
+    ids_table,
+    leading_run,
+    outside_of_graphs,
+    read_grid,
+    read_target,
+)
 
 Call = Mapping[str, Any]
 
@@ -62,9 +69,7 @@ def _flux(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; references differ from the target in the first column of `img_ids`."""
     if call.get("kv_cache_mode") is not None:
         return None  # FLUX.2 with cached references attends in several calls of its own
-    ids = ids_table(call["img_ids"])
-    target = leading_run(ids[:, 0])
-    grid = grid_from_ids(ids[:target])
+    target, grid = read_target(call["img_ids"])
     if grid is None:
         return None
     return TokenLayout(grid, text_before=_text_tokens(call), text_after=call["hidden_states"].shape[1] - target)
@@ -72,7 +77,7 @@ def _flux(model: Any, call: Call) -> TokenLayout | None:
 
 def _flux3(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; references come as an argument of their own."""
-    grid = grid_from_ids(ids_table(call["img_ids"]))
+    grid = read_grid(call["img_ids"])
     references = call["image_cond_hidden_states"]
     if grid is None:
         return None
@@ -199,6 +204,7 @@ def _ernie(model: Any, call: Call) -> TokenLayout:
 _IDEOGRAM4_IMAGE = 2
 
 
+@outside_of_graphs
 def _ideogram4(model: Any, call: Call) -> TokenLayout | None:
     """Pads|T|I in one packed sequence, told apart by `indicator`."""
     is_image = (call["indicator"] == _IDEOGRAM4_IMAGE).cpu()
@@ -214,7 +220,7 @@ def _ideogram4(model: Any, call: Call) -> TokenLayout | None:
 def _krea2(model: Any, call: Call) -> TokenLayout | None:
     """T|I."""
     text = _text_tokens(call)
-    grid = grid_from_ids(ids_table(call["position_ids"])[text:])
+    grid = read_grid(call["position_ids"], start=text)
     return None if grid is None else TokenLayout(grid, text_before=text)
 
 

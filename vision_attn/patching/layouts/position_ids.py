@@ -8,6 +8,33 @@ from __future__ import annotations
 
 import torch
 
+# With fullgraph=True torch raises an error that quotes the reason; without, it ends the graph here and goes on after.
+outside_of_graphs = torch.compiler.disable(
+    reason="the token grid is read from the values of position ids: pass grid=(Y, X) to va.patch, or compile only the "
+    "blocks with model.compile_repeated_blocks()"
+)
+
+
+@outside_of_graphs
+def read_target(ids: torch.Tensor) -> tuple[int, tuple[int, int] | None]:
+    """Read the target image from ids in which each image has an index of its own, in axis 0; the target comes first.
+
+    Args:
+        ids: Position ids `[tokens, axes]` or `[B, tokens, axes]` of all images.
+
+    Returns:
+        How many tokens the target has, and its grid `(Y, X)`, or `None` when its ids are no grid.
+    """
+    table = ids_table(ids)
+    target = leading_run(table[:, 0])
+    return target, grid_from_ids(table[:target])
+
+
+@outside_of_graphs
+def read_grid(ids: torch.Tensor, start: int = 0) -> tuple[int, int] | None:
+    """Read the grid of the one image whose position ids begin at row `start`; `None` when they are no grid."""
+    return grid_from_ids(ids_table(ids)[start:])
+
 
 def grid_from_ids(ids: torch.Tensor) -> tuple[int, int] | None:
     """Read the grid of one image from its position ids.

@@ -10,8 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-import vision_attn
+import vision_attn as va
+from vision_attn.operators.registry import unregister_operator
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,11 +52,11 @@ def test_the_wheel_holds_nothing_else(wheel_names):
 
 
 def test_the_version_is_the_same_everywhere():
-    assert f'version = "{vision_attn.__version__}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"## {vision_attn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f'version = "{va.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"## {va.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-MODULES = sorted(info.name for info in pkgutil.walk_packages(vision_attn.__path__, "vision_attn."))
+MODULES = sorted(info.name for info in pkgutil.walk_packages(va.__path__, "vision_attn."))
 
 
 @pytest.mark.parametrize("name", ["vision_attn", *MODULES])
@@ -64,8 +66,49 @@ def test_docstring_examples_run(name):
     assert doctest.testmod(module, optionflags=options).failed == 0
 
 
-def python_blocks(text):
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+def test_the_examples_of_the_readme_run(tiny_flux_folder, monkeypatch, capsys):
+    from diffusers import DiffusionPipeline, FluxPipeline
+
+    class SmallPictures(FluxPipeline):
+        def __call__(self, prompt):
+            sizes = {"height": 32, "width": 48, "num_inference_steps": 3, "max_sequence_length": 24}
+            return super().__call__(prompt, **sizes)
+
+    pipe = SmallPictures.from_pretrained(tiny_flux_folder)
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda name: pipe)
+    before = list(va.operators())
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    namespace = {"__name__": __name__}  # a dataclass looks its module up by name
+    try:
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"README.md, example {number}", "exec"), namespace)
+    finally:
+        for name in set(va.operators()) - set(before):
+            unregister_operator(name)
+    assert list(va.operators()) == before
+    assert "neighborhood(kernel_size=13)" in capsys.readouterr().out
+    assert namespace["output"].shape == (1, 77 + 48 * 64, 8, 32)
+    assert namespace["image"].size == (48, 32)
+
+
+def test_the_readmes_own_operator_is_what_it_says(tiny_flux_folder):
+    source = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(from dataclasses.*?)\n\nwith ", source, flags=re.MULTILINE | re.DOTALL)
+    namespace = {"__name__": __name__, "va": va, "torch": torch}
+    try:
+        exec(block, namespace)
+        layout = va.TokenLayout((3, 4), text_before=2, text_after=1)
+        query, key, value = torch.randn(3, 2, layout.tokens, 2, 8)
+        output = namespace["Rows"]()(query, key, value, layout)
+    finally:
+        unregister_operator("rows")
+    row = torch.arange(layout.tokens).sub(2).div(4, rounding_mode="floor")
+    is_image = (torch.arange(layout.tokens) >= 2) & (torch.arange(layout.tokens) < 14)
+    seen = ~is_image[:, None] | (is_image & (row[:, None] == row))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key).div(8**0.5).masked_fill(~seen, float("-inf"))
+    torch.testing.assert_close(output, torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value))
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

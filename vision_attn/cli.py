@@ -73,7 +73,7 @@ def compare(
     repeats: Annotated[
         int, typer.Option(min=1, help="Timed images per operator, taken in turns; the median counts.")
     ] = 3,
-    warmup: Annotated[int, typer.Option(min=0, help="Images per operator before those, not timed.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs of two steps per operator before those, not timed.")] = 1,
     device: Device = "",
     dtype: Dtype = "",
     out: Annotated[Path, typer.Option(help="Folder for compare.png and compare.json.")] = Path("out"),

@@ -56,6 +56,15 @@ def test_a_window_beyond_the_grid_changes_nothing_but_rounding(comparison):
     assert comparison.rows[2].psnr > 80
 
 
+def test_windows_are_what_the_middle_token_sees(comparison):
+    nothing, local, everything = comparison.windows
+    assert nothing is None
+    rows, columns = np.ogrid[:9, :12]
+    assert np.array_equal(local, (rows - 4) ** 2 + (columns - 6) ** 2 < 4)
+    assert everything.all()
+    assert everything.shape == (9, 12)
+
+
 def test_a_small_window_changes_the_picture_and_needs_less(comparison, pipe):
     dense, local = comparison.rows[:2]
     with va.patch(pipe, va.Clear(radius=2)):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,10 @@ def comparison(images, operator="clear(radius=8)", prompt="a red circle", **chan
         row(operator, seconds=4.0, attention_seconds=1.0, attention_share=0.25, psnr=31.24, **changes),
     )
     environment = {"device": "cpu", "dtype": "float32"}
-    return Comparison("a model", Request(prompt, 0, None, None, 4), (6, 9), environment, rows, images)
+    return Comparison("a model", Request(prompt, 0, None, None, 4), (6, 9), environment, rows, images, WINDOWS)
+
+
+WINDOWS = (None, np.pad(np.ones((3, 3), dtype=bool), ((2, 1), (3, 3))))
 
 
 @pytest.fixture
@@ -52,8 +56,7 @@ def columns_of(sheet, colour):
 
 
 def test_sheet_shows_images_and_difference(images):
-    sheet = draw_sheet(comparison(images))
-    pixels = np.asarray(sheet)
+    pixels = np.asarray(draw_sheet(replace(comparison(images), windows=(None, None))))
     dense_pixels = (pixels == 64).all(axis=-1).sum()
     changed_pixels = (pixels == 191).all(axis=-1).sum()
     picture = 320 * round(320 * 48 / 72)
@@ -74,6 +77,20 @@ def test_bars_are_on_one_scale_and_show_the_share(images):
         start = attention[side(attention)].min()
         assert rest[side(rest)].max() - start == pytest.approx(length, abs=3)
         assert rest[side(rest)].min() - start == pytest.approx(length * share, abs=8)
+
+
+def test_the_inset_shows_what_the_middle_token_sees(images):
+    found = comparison(images)
+    pixels = np.asarray(draw_sheet(found)).astype(int)
+    bare = np.asarray(draw_sheet(replace(found, windows=(None, None)))).astype(int)
+    changed = (pixels != bare).any(axis=-1)
+    rows, columns = np.nonzero(changed)
+    # 6 x 9 tokens, 76 pixels wide, in a frame of 2: 9 tokens are lit, and one of them is the token itself.
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (51 + 4, 76 + 4)
+    inside = pixels[rows.min() + 2 : rows.max() - 1, columns.min() + 2 : columns.max() - 1]
+    assert ((inside == 255).all(axis=-1).mean(), (inside == ATTENTION).all(axis=-1).mean()) == pytest.approx(
+        (8 / 54, 1 / 54), rel=0.1
+    )
 
 
 def test_a_video_shows_its_middle_frame(images):
@@ -121,7 +138,7 @@ def test_table_says_what_was_computed_densely(images):
 def test_table_leaves_out_the_judgement_of_other_prompts(images):
     found = comparison(images)
     rows = tuple(row(name, caption=None) for name in ("dense", "clear(radius=8)"))
-    text = comparison_table(Comparison(found.model, found.request, None, found.environment, rows, images))
+    text = comparison_table(Comparison(found.model, found.request, None, found.environment, rows, images, WINDOWS))
     assert "picture is" not in text
 
 

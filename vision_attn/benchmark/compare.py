@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from vision_attn.benchmark.metrics import psnr, ssim
 from vision_attn.benchmark.timing import Timing, interleaved
 
 DENSE = "dense"
+
+# A mask of more tokens squared would take more memory than the run.
+_MASK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Comparison:
         environment: Versions, device and threads that the numbers hold for.
         rows: One per operator, dense first.
         images: One per row, `[Y, X, C]` or `[T, Y, X, C]` in `[0, 1]`.
+        windows: One per row: which tokens of the grid (of its middle frame) the token in the middle sees, bool
+            `[Y, X]`; None for dense and where the operator has no mask.
     """
 
     model: str
@@ -79,6 +84,7 @@ class Comparison:
     environment: dict[str, Any]
     rows: tuple[Row, ...]
     images: tuple[NDArray[np.float32], ...]
+    windows: tuple[NDArray[np.bool_] | None, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON."""
@@ -99,7 +105,7 @@ class _Measured:
     memory: int | None
     routed: int
     dense_layers: tuple[str, ...]
-    grid: tuple[int, ...] | None
+    layout: va.TokenLayout | None
 
 
 def compare(
@@ -121,7 +127,7 @@ def compare(
         request: What to draw; the same starting latents for all.
         model: Name for the report.
         repeats: Timed images per operator, taken in turns.
-        warmup: Images per operator before, not timed.
+        warmup: Short runs of two denoising steps per operator before, not timed.
         judge: Says of an image whether it shows what the prompt asks for; its text goes into the rows.
         on_run: Told the operator's text after each image, `runs_of(...)` times in all.
 
@@ -138,10 +144,14 @@ def compare(
             windowed.append(operator)
     contenders = {DENSE: None, **{str(operator): operator for operator in windowed}}
     device = _device_of(pipe)
+    short = replace(request, steps=min(2, request.steps or 2))
+    for name, operator in list(contenders.items()) * warmup:
+        _drawing(pipe, operator, short)()
+        on_run(name)
     timings = interleaved(
         {name: _drawing(pipe, operator, request) for name, operator in contenders.items()},
         repeats=repeats,
-        warmup=warmup,
+        warmup=0,
         device=device,
         on_run=on_run,
     )
@@ -155,10 +165,11 @@ def compare(
     return Comparison(
         model=model or type(pipe).__name__,
         request=request,
-        grid=next((found.grid for found in measured.values() if found.grid), None),
+        grid=next((found.layout.grid for found in measured.values() if found.layout), None),
         environment=_environment(device, next(denoiser(pipe).parameters()).dtype),
         rows=rows,
         images=tuple(found.image for found in measured.values()),
+        windows=tuple(_window(contenders[name], found.layout) for name, found in measured.items()),
     )
 
 
@@ -212,7 +223,7 @@ def _measure(pipe: Any, operator: Any, request: Request) -> _Measured:
         memory=memory.bytes,
         routed=routed,
         dense_layers=tuple(f"{layer}: {call.reason}" for layer, call in seen if call.kind == "dense"),
-        grid=tuple(layouts[0].grid) if layouts else None,
+        layout=layouts[0] if layouts else None,
     )
 
 
@@ -238,6 +249,18 @@ def _row(
         routed_layers=found.routed,
         dense_layers=found.dense_layers,
     )
+
+
+def _window(operator: Any, layout: va.TokenLayout | None) -> NDArray[np.bool_] | None:
+    """What the middle token sees; of a video in its own frame."""
+    if operator is None or layout is None or layout.tokens > _MASK_TOKENS:
+        return None
+    mask = operator.mask(layout)
+    if mask is None:
+        return None
+    *frame, rows, columns = (size // 2 for size in layout.grid)
+    image = mask[layout.image_slice, layout.image_slice].cpu().numpy().reshape(*layout.grid, *layout.grid)
+    return np.asarray(image[(*frame, rows, columns, *frame)], dtype=np.bool_)
 
 
 def _device_of(pipe: Any) -> torch.device:

@@ -21,6 +21,7 @@ _PICTURE = 320
 _HEADER = 142
 _LINE = 27
 _BAR = 20
+_INSET = 76
 
 # Differences above this share of full scale are drawn in the lightest colour: small ones stay visible.
 _HEAT_RANGE = 0.5
@@ -37,8 +38,8 @@ def draw_sheet(comparison: Comparison) -> Image.Image:
     """
     pictures = [_still(image) for image in comparison.images]
     cards = [
-        _Card(row, picture, pictures[0], comparison.rows)
-        for row, picture in zip(comparison.rows, pictures, strict=True)
+        _Card(row, picture, pictures[0], window, comparison.rows)
+        for row, picture, window in zip(comparison.rows, pictures, comparison.windows, strict=True)
     ]
     card_width = _PICTURE + 2 * _PADDING
     height = cards[0].height
@@ -57,6 +58,7 @@ class _Card:
     row: Row
     picture: NDArray[np.float32]
     dense: NDArray[np.float32]
+    window: NDArray[np.bool_] | None
     rows: tuple[Row, ...]
 
     @property
@@ -95,6 +97,21 @@ class _Card:
         difference = np.abs(self.picture - self.dense).max(axis=-1) / _HEAT_RANGE
         coloured = heat(difference).astype(np.float32) / 255
         sheet.paste(_scaled(coloured, self.picture_height), (x, y))
+        if self.window is not None:
+            self._draw_window(sheet, draw, x + _PICTURE - 8, y + 8)
+
+    def _draw_window(self, sheet: Image.Image, draw: ImageDraw.ImageDraw, right: int, top: int) -> None:
+        """A small map of the token grid: what the token in its middle sees."""
+        assert self.window is not None
+        rows, columns = self.window.shape
+        scale = _INSET / max(rows, columns)
+        width, height = max(8, round(columns * scale)), max(8, round(rows * scale))
+        colours = np.where(self.window[..., None], np.uint8(255), np.array(INK, dtype=np.uint8))
+        colours[rows // 2, columns // 2] = ATTENTION
+        box = (right - width - 2, top, right + 1, top + height + 3)
+        draw.rectangle(box, outline=CARD, width=2)
+        way = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+        sheet.paste(Image.fromarray(colours.astype(np.uint8)).resize((width, height), way), (right - width, top + 2))
 
     def _facts(self) -> list[tuple[str, str, Colour]]:
         row, dense = self.row, self.rows[0]
@@ -160,8 +177,8 @@ def _draw_legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, width: i
     _text(draw, (x, y - 2), "0", 16, MUTED)
     sheet.paste(Image.fromarray(heat(ramp)), (x + 16, y + 2))
     _text(draw, (x + 176, y - 2), f"{_HEAT_RANGE:.0%} of full scale or more", 16, MUTED)
-    maker = "vision-attn compare"
-    _text(draw, (width - _MARGIN, y - 2), maker, 16, MUTED, anchor="ra")
+    inset = "inset: what the token in the middle of the grid sees"
+    _text(draw, (width - _MARGIN, y - 2), inset, 16, MUTED, anchor="ra")
 
 
 def _still(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ _HEADER = 142
 _LINE = 27
 _BAR = 20
 _INSET = 76
+_WIDE = 1000  # what both halves of the legend need side by side
 
 # Differences above this share of full scale are drawn in the lightest colour: small ones stay visible.
 _HEAT_RANGE = 0.5
@@ -44,12 +45,14 @@ def draw_sheet(comparison: Comparison) -> Image.Image:
     card_width = _PICTURE + 2 * _PADDING
     height = cards[0].height
     width = 2 * _MARGIN + len(cards) * card_width + (len(cards) - 1) * _GAP
-    sheet = Image.new("RGB", (width, _HEADER + height + 78), PAGE)
+    legend_lines = 0 if len(cards) == 1 else 1 if width > _WIDE else 2
+    sheet = Image.new("RGB", (width, _HEADER + height + _MARGIN + legend_lines * 32), PAGE)
     draw = ImageDraw.Draw(sheet)
     _draw_header(draw, comparison, width)
     for index, card in enumerate(cards):
         card.draw(sheet, draw, _MARGIN + index * (card_width + _GAP), _HEADER)
-    _draw_legend(sheet, draw, _HEADER + height + 26, width)
+    if legend_lines:
+        _draw_legend(sheet, draw, _HEADER + height + 26, legend_lines == 1)
     return sheet
 
 
@@ -167,8 +170,8 @@ def _draw_header(draw: ImageDraw.ImageDraw, comparison: Comparison, width: int) 
     _text(draw, (_MARGIN, 84), _fitted("   ·   ".join(fact for fact in facts if fact), 18, room), 18, MUTED)
 
 
-def _draw_legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, width: int) -> None:
-    """What the colours mean, in one line below the cards."""
+def _draw_legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, one_line: bool) -> None:
+    """What colours and insets mean, below the cards."""
     x = _MARGIN
     ramp = np.tile(np.linspace(0, 1, 150), (14, 1))
     label = "difference to dense"
@@ -178,7 +181,10 @@ def _draw_legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, width: i
     sheet.paste(Image.fromarray(heat(ramp)), (x + 16, y + 2))
     _text(draw, (x + 176, y - 2), f"{_HEAT_RANGE:.0%} of full scale or more", 16, MUTED)
     inset = "inset: what the token in the middle of the grid sees"
-    _text(draw, (width - _MARGIN, y - 2), inset, 16, MUTED, anchor="ra")
+    if one_line:
+        _text(draw, (sheet.width - _MARGIN, y - 2), inset, 16, MUTED, anchor="ra")
+    else:
+        _text(draw, (_MARGIN, y + 28), inset, 16, MUTED)
 
 
 def _still(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -283,6 +283,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
 )
 
 _BLOCK_MASK = "its attention is a FlexAttention block mask over {}, which a window operator cannot replace"
+_SOUND = "it makes sound, not images"
 _LINEAR = "its self-attention is linear attention, which has no softmax call to replace"
 
 REFUSED_VIDEO: dict[str, str] = {
@@ -294,11 +295,6 @@ REFUSED_VIDEO: dict[str, str] = {
     "SanaWMLTX2RefinerTransformer3DModel": "its queries are a part of a video whose other frames are cached keys, and "
     "its arguments hold no grid",
     "TransformerTemporalModel": "its attention runs over time for each pixel and has no spatial grid",
-}
-
-_SOUND = "it makes sound, not images"
-
-REFUSED_VIDEO |= {
     "AceStepTransformer1DModel": _SOUND,
     "LongCatAudioDiTTransformer": _SOUND,
     "MiniMaxMusic3Transformer1DModel": _SOUND,

@@ -16,6 +16,7 @@ from vision_attn.shapes.model import (
     build_clip_tokenizer,
     build_pipeline,
     build_t5_tokenizer,
+    byte_pair_merges,
     read_settings,
     words,
 )
@@ -136,3 +137,10 @@ def test_the_embedded_model_draws_what_it_is_told() -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     pictures = pipeline(**settings, generator=generators).images
     assert sum(score(picture, caption).objects for picture, caption in zip(pictures, captions, strict=True)) >= 3
+
+
+def test_byte_pair_merges_do_not_depend_on_hash_order() -> None:
+    # Worked by hand: "ed</w>" occurs twice, then ties in alphabetical order.
+    assert byte_pair_merges(["red", "bed"]) == [("e", "d</w>"), ("b", "ed</w>"), ("r", "ed</w>")]
+    ids = build_clip_tokenizer()("a red circle left of a blue square, and.").input_ids
+    assert ids == [134, 28, 124, 98, 114, 116, 28, 94, 128, 55, 83, 54, 135]

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,23 +81,36 @@ def _set_pointwise(layer: nn.Conv2d, matrix: torch.Tensor, bias: torch.Tensor | 
         layer.bias[:] = 0 if bias is None else bias
 
 
+def byte_pair_merges(vocabulary: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make one token of each word, the commonest pair first and ties in alphabetical order.
+
+    `tokenizers.trainers.BpeTrainer` breaks ties by hash order, so its token ids differ from run to run.
+    """
+    pieces = {word: [*word[:-1], f"{word[-1]}</w>"] for word in vocabulary}
+    merges = []
+    while pairs := Counter(pair for parts in pieces.values() for pair in pairwise(parts)):
+        left, right = merge = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(merge)
+        for word, parts in pieces.items():
+            joined: list[str] = []
+            for part in parts:
+                if joined and (joined[-1], part) == (left, right):
+                    joined[-1] = left + right
+                else:
+                    joined.append(part)
+            pieces[word] = joined
+    return merges
+
+
 def build_clip_tokenizer() -> CLIPTokenizer:
     """A `CLIPTokenizer` whose byte-pair merges make one token of every word of the grammar."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [*"abcdefghijklmnopqrstuvwxyz.,"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    trained.train_from_iterator([" ".join([*words(), *letters])] * 2, trainer)
-    state = json.loads(trained.to_str())["model"]
-    vocabulary = dict(state["vocab"])
-    for token in ("<|startoftext|>", "<|endoftext|>"):
-        vocabulary[token] = len(vocabulary)
-    merges = [tuple(merge) for merge in state["merges"]]
+    merges = byte_pair_merges(words())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(left + right for left, right in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_SEQUENCE_LENGTH)
 
 

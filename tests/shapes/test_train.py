@@ -1,0 +1,132 @@
+"""Training: exact continuation, the loss, the schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vision_attn.shapes.model import build_pipeline
+from vision_attn.shapes.train import (
+    Trainer,
+    TrainingConfig,
+    flow_shift,
+    load_for_training,
+    main,
+    sample_batch,
+    train,
+)
+
+TINY = TrainingConfig(steps=2, tokens_per_step=340, warmup_steps=1, precision="float32")
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.parameters] + trainer.average
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_continued_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, precision: str) -> None:
+    config = dataclasses.replace(TINY, precision=precision)
+    whole = Trainer(build_pipeline(0), config)
+    losses = [whole.train_step() for _ in range(2)]
+    broken = Trainer(build_pipeline(0), config)
+    assert broken.train_step() == losses[0]
+    broken.save(tmp_path / "checkpoint.pt")
+    continued = Trainer(build_pipeline(9), config)
+    train(continued, tmp_path, score_every=0)
+    assert continued.step == 2
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(continued), strict=True))
+    assert not any(path.suffix == ".tmp" for path in tmp_path.iterdir())
+
+
+def test_training_moves_every_kind_of_weight() -> None:
+    trainer = Trainer(build_pipeline(0), dataclasses.replace(TINY, steps=4))
+    before = {name: value.detach().clone() for name, value in trainer.modules.named_parameters()}
+    for _ in range(3):
+        trainer.train_step()
+    after = dict(trainer.modules.named_parameters())
+    for name in (
+        "transformer.x_embedder.weight",
+        "transformer.proj_out.weight",
+        "transformer.single_transformer_blocks.0.attn.to_q.weight",
+        "text_encoder_2.shared.weight",
+    ):
+        assert not torch.equal(before[name], after[name]), name
+
+
+def test_the_loss_of_an_untrained_model_is_the_size_of_its_target() -> None:
+    trainer = Trainer(build_pipeline(0), TINY)
+    batch = sample_batch(trainer.pipeline, TINY, 0)
+    # The untrained output is zero, so the loss is the mean square of noise - latents with the first draw as noise.
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
+    expected = (noise - batch.latents).square().mean()
+    loss = trainer.loss(batch, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_batches_depend_on_seed_and_step_alone_and_keep_the_token_budget() -> None:
+    pipeline = build_pipeline(0)
+    config = TrainingConfig(steps=100, tokens_per_step=1000)
+    one, two = sample_batch(pipeline, config, 7), sample_batch(pipeline, config, 7)
+    assert one.captions == two.captions
+    assert torch.equal(one.latents, two.latents)
+    grids = set()
+    empty = total = 0
+    for step in range(60, 100):
+        batch = sample_batch(pipeline, config, step)
+        grids.add(batch.grid)
+        count, tokens, channels = batch.latents.shape
+        assert (tokens, channels) == (math.prod(batch.grid), 12)
+        assert count == 1 or count * (tokens + 24) <= 1000
+        empty, total = empty + batch.captions.count(""), total + count
+    assert len(grids) >= 4
+    assert 0.02 < empty / total < 0.25
+
+
+def test_latents_are_about_standard_normal() -> None:
+    pipeline = build_pipeline(0)
+    latents = torch.cat([sample_batch(pipeline, TrainingConfig(), step).latents.flatten() for step in range(4)])
+    assert abs(float(latents.mean())) < 0.15
+    assert 0.8 < float(latents.std()) < 1.2
+
+
+def test_schedules() -> None:
+    config = TrainingConfig(steps=1000, warmup_steps=100, learning_rate=1e-3)
+    rates = np.array([config.learning_rate_at(step) for step in range(1001)])
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates.argmax() in (99, 100)
+    assert rates[550] == pytest.approx(5e-4, rel=0.01)
+    assert rates[1000] == 0
+    assert config.curriculum_at(250) == 0.25
+    assert dataclasses.replace(config, curriculum_start=1.0).curriculum_at(10) == 1
+    assert flow_shift(144) == 1.5
+    assert flow_shift(4096) == pytest.approx(8.0)
+
+
+def test_a_shipped_model_can_be_trained_further(tiny_flux_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--init-from", str(tiny_flux_folder), "--steps", "1", "--score-every", "0"]
+    main([*arguments, "--tokens-per-step", "168", "--precision", "float32"])
+    trained, shipped = load_for_training(tmp_path / "model"), load_for_training(tiny_flux_folder)
+    assert trained.transformer.dtype == torch.float32
+    pairs = zip(trained.transformer.parameters(), shipped.transformer.parameters(), strict=True)
+    assert max(float((a - b).detach().abs().max()) for a, b in pairs) > 0
+
+
+def test_bad_input_is_refused(tmp_path: Path) -> None:
+    for name, value, text in [
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("precision", "float16", "precision must be 'float32' or 'bfloat16', got 'float16'"),
+        ("tokens_per_step", 100, "tokens_per_step must be at least 168, got 100"),
+    ]:
+        with pytest.raises(ValueError, match=f"TrainingConfig: {text}"):
+            dataclasses.replace(TINY, **{name: value})
+    with pytest.raises(FileNotFoundError, match=r"load_for_training: directory must hold model_index\.json, got"):
+        load_for_training(tmp_path)
+    Trainer(build_pipeline(0), TINY).save(tmp_path / "checkpoint.pt")
+    other = Trainer(build_pipeline(0), dataclasses.replace(TINY, seed=3))
+    with pytest.raises(ValueError, match=r"Trainer\.load: seed must be 0 as in the checkpoint, got 3"):
+        other.load(tmp_path / "checkpoint.pt")

@@ -33,7 +33,7 @@ def test_tiles_rebuild_the_mask_exactly(reach, data):
         mask = torch.ones(group.queries, group.keys, dtype=torch.bool) if group.mask is None else group.mask
         assert mask.any(0).all()  # no key that no query of the tile reaches
         assert group.mask is None or not mask.all()  # a mask only where the window's boundary crosses
-        queries, keys = group.rows(0, group.tiles)
+        queries, keys = group.query_rows(), group.key_rows(0, group.tiles)
         assert queries.shape == (group.tiles, group.queries)
         assert keys.shape == (group.tiles, group.keys)
         seen.index_add_(0, queries.flatten(), torch.ones(queries.numel(), dtype=torch.long))

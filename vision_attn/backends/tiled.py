@@ -7,8 +7,8 @@ used. Grids, windows and head dims are arbitrary; nothing is padded.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ from vision_attn.backends.attend import (
     heads_last,
     lse_delta,
 )
-from vision_attn.backends.tiles import TileGroup, plan
+from vision_attn.backends.tiles import plan, query_order
 from vision_attn.kernels.reach import Ball, Box, Reach
 
-# Gathered keys of one batch of tiles, in bytes: fits a last-level cache share and spares page faults
-# (one gather of 58 MB took 45 ms, in chunks of 4 MB 10 ms, on a 2-core server).
-CHUNK_BYTES = 2**22
+# Gathered keys and values of one batch of tiles, in bytes: large enough that few batches start threads, small enough to
+# stay in a last-level cache and in one buffer (gathering 58 MB at once took 45 ms, page faults included; in parts 10 ms).
+CHUNK_BYTES = 2**24
 
 
 def window_attention(
@@ -92,21 +92,27 @@ def windowed(
 ) -> tuple[Tensor, Tensor]:
     """`window_attention` with the window spelled out: a ball of `radius` where `kernel_size` is empty, else a box."""
     reach = _reach(grid, kernel_size, stride, dilation, is_causal, radius)
-    (batch, tokens, heads, _), heads_kv, width = query.shape, key.shape[2], value.shape[3]
-    output = query.new_empty(batch * tokens, heads, width)
-    lse = query.new_empty(batch * tokens, heads, dtype=accumulator(query.dtype))
+    heads, heads_kv = query.shape[2], key.shape[2]
+    order, inverse = (x.to(query.device) for x in query_order(reach))
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))
     gather_k, gather_v = _RowGather(key), _RowGather(value)
-    flat_query = _flat(query)
-    for rows, keys, mask in _batches(reach, query, key, value, key_bias):
-        tile_q, tile_k, tile_v = flat_query[rows], gather_k(keys), gather_v(keys)
-        q, k, v = (heads_first(x, heads_kv) for x in (tile_q, tile_k, tile_v))
-        folded = fold_mask(mask, tile_q, tile_k)
-        out, row_lse = attend_heads(q, k, v, folded, scale)
-        if key_bias is not None and folded is not None:  # a window itself is never empty
-            out, row_lse = clear_empty(out, row_lse, folded)
-        output[rows] = heads_last(out, heads)
-        lse[rows] = heads_last(row_lse.unsqueeze(-1), heads).squeeze(-1)
-    return output.view(batch, tokens, heads, width), lse.view(batch, tokens, heads)
+    for b in range(query.shape[0]):
+        ordered = query[b].index_select(0, order)
+        outputs, lses = [], []
+        for batch in _batches(reach, key, value):
+            keys = batch.keys + b * key.shape[1]
+            tile_q, tile_k, tile_v = batch.split(ordered), gather_k(keys), gather_v(keys)
+            mask = fold_mask(_with_bias(batch.mask, key_bias, b, batch.keys), tile_q, tile_k)
+            q, k, v = (heads_first(x, heads_kv) for x in (tile_q, tile_k, tile_v))
+            out, row_lse = attend_heads(q, k, v, mask, scale)
+            if key_bias is not None and mask is not None:  # a window itself is never empty
+                out, row_lse = clear_empty(out, row_lse, mask)
+            outputs.append(heads_last(out, heads).flatten(0, 1))
+            lses.append(heads_last(row_lse.unsqueeze(-1), heads).flatten(0, 1).squeeze(-1))
+        torch.index_select(torch.cat(outputs), 0, inverse, out=output[b])
+        torch.index_select(torch.cat(lses), 0, inverse, out=lse[b])
+    return output, lse
 
 
 @windowed.register_fake
@@ -139,21 +145,26 @@ def windowed_backward(
     """
     reach = _reach(grid, kernel_size, stride, dilation, is_causal, radius)
     wide, heads, heads_kv = accumulator(query.dtype), query.shape[2], key.shape[2]
-    grad_q, grad_k, grad_v = (torch.zeros_like(_flat(x), dtype=wide) for x in (query, key, value))
-    delta, flat_lse = _flat(lse_delta(grad_output, grad_lse, output).unsqueeze(-1)), _flat(lse.unsqueeze(-1))
-    flat = [_flat(x) for x in (grad_output, query, key, value)]
-    for rows, keys, mask in _batches(reach, query, key, value, key_bias):
-        parts = flat[0][rows], flat[1][rows], flat[2][keys], flat[3][keys]
-        grad_out, q, k, v = (heads_first(x, heads_kv) for x in parts)
-        row_delta, row_lse = (heads_first(x[rows], heads_kv).squeeze(-1) for x in (delta, flat_lse))
-        folded = fold_mask(mask, parts[1], parts[2])
-        tile_q, tile_k, tile_v = attend_heads_backward(grad_out, row_delta, q, k, v, folded, row_lse, scale)
-        grad_q[rows] = heads_last(tile_q, heads)
-        for total, part in ((grad_k, tile_k), (grad_v, tile_v)):
-            total.index_add_(0, keys.flatten(), part.transpose(1, 2).flatten(0, 1))
-    return tuple(
-        g.view(x.shape).to(x.dtype) for g, x in zip((grad_q, grad_k, grad_v), (query, key, value), strict=True)
-    )  # type: ignore[return-value]
+    order, inverse = (x.to(query.device) for x in query_order(reach))
+    grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (key, value))
+    delta = lse_delta(grad_output, grad_lse, output)
+    for b in range(query.shape[0]):
+        rows = [x[b].index_select(0, order) for x in (grad_output, query, delta.unsqueeze(-1), lse.unsqueeze(-1))]
+        parts = []
+        for batch in _batches(reach, key, value):
+            tiles = [batch.split(x) for x in rows]
+            tile_k, tile_v = key[b][batch.keys], value[b][batch.keys]
+            mask = fold_mask(_with_bias(batch.mask, key_bias, b, batch.keys), tiles[1], tile_k)
+            grad_out, q, row_delta, row_lse, k, v = (heads_first(x, heads_kv) for x in (*tiles, tile_k, tile_v))
+            tile_grads = attend_heads_backward(
+                grad_out, row_delta.squeeze(-1), q, k, v, mask, row_lse.squeeze(-1), scale
+            )
+            parts.append(heads_last(tile_grads[0], heads).flatten(0, 1).to(query.dtype))
+            for total, part in zip((grad_k, grad_v), tile_grads[1:], strict=True):
+                total[b].index_add_(0, batch.keys.flatten(), part.transpose(1, 2).flatten(0, 1))
+        torch.index_select(torch.cat(parts), 0, inverse, out=grad_q[b])
+    return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype)
 
 
 @windowed_backward.register_fake
@@ -192,28 +203,44 @@ class _RowGather:
         return out.view(*index.shape, self.heads, -1)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.contiguous().flatten(0, 1)
+@dataclass(frozen=True)
+class _Batch:
+    """Tiles of one group that are computed together.
+
+    Attributes:
+        start: First query, in the order of `query_order`.
+        queries: Queries per tile.
+        keys: Flat token positions `[tiles, keys]`.
+        mask: Added to the logits, `[1, 1, queries, keys]`, or None.
+    """
+
+    start: int
+    queries: int
+    keys: Tensor
+    mask: Tensor | None
+
+    def split(self, ordered: Tensor) -> Tensor:
+        """The batch's part of an ordered `[N, ...]` tensor, as `[tiles, queries, ...]`."""
+        tiles = len(self.keys)
+        return ordered[self.start : self.start + tiles * self.queries].unflatten(0, (tiles, self.queries))
 
 
-def _batches(
-    reach: Reach, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Batches of tiles: flat query rows `[tiles, queries]`, flat key rows `[tiles, keys]`, additive mask or None."""
-    tokens, device = math.prod(reach.grid), query.device
+def _batches(reach: Reach, key: Tensor, value: Tensor) -> Iterator[_Batch]:
+    """All tiles of one batch item, a cache-sized batch of them at a time."""
     row_bytes = key.element_size() * key.shape[2] * (key.shape[3] + value.shape[3])
+    start = 0
     for group in plan(reach):
-        mask = None if group.mask is None else _additive(group.mask, query)
+        mask = None if group.mask is None else _additive(group.mask, key)
         step = max(1, CHUNK_BYTES // (row_bytes * group.keys))
-        for start in range(0, group.tiles, step):
-            rows, keys = (x.to(device) for x in group.rows(start, min(start + step, group.tiles)))
-            for b in range(query.shape[0]):
-                yield rows + b * tokens, keys + b * tokens, _with_bias(mask, key_bias, b, keys)
+        for first in range(0, group.tiles, step):
+            keys = group.key_rows(first, min(first + step, group.tiles)).to(key.device)
+            yield _Batch(start, group.queries, keys, mask)
+            start += len(keys) * group.queries
 
 
-def _additive(mask: Tensor, query: Tensor) -> Tensor:
-    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-    return bias.masked_fill_(~mask.to(query.device), float("-inf"))[None, None]
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
+    return bias.masked_fill_(~mask.to(like.device), float("-inf"))[None, None]
 
 
 def _with_bias(mask: Tensor | None, key_bias: Tensor | None, b: int, keys: Tensor) -> Tensor | None:
@@ -221,6 +248,3 @@ def _with_bias(mask: Tensor | None, key_bias: Tensor | None, b: int, keys: Tenso
         return mask
     bias = key_bias[b][keys][:, None, None, :]
     return bias if mask is None else mask + bias.to(mask.dtype)
-
-
-__all__ = ["TileGroup", "window_attention", "windowed", "windowed_backward"]

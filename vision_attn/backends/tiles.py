@@ -20,10 +20,10 @@ from vision_attn.kernels.reach import Ball, Reach
 
 # Largest number of queries in a tile: their logits against one window must stay within a core's cache.
 MAX_TILE_TOKENS = 256
-# Cost of handling a tile's key, and of starting a tile, in units of one query-key product. Fitted to timings of the
-# CPU path on windows from 5x5 to 65x65 (`vision-attn bench --tiles` repeats the measurement).
-KEY_COST = 24.0
-TILE_COST = 2000.0
+# Cost of gathering a key for a tile, and of one more group, in units of one query-key product: a least-squares fit (6 %
+# off on average) to 160 timings of the CPU path, windows from 5x5 to 41x41, 7x7x7 and 257, 8 heads of 64.
+KEY_COST = 26.0
+GROUP_COST = 19_000.0
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,28 @@ class TileGroup:
         """Keys per tile."""
         return math.prod(axis.keys.shape[1] for axis in self.axes) if self.kept is None else len(self.kept)
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Flat token positions of the tiles `start..stop`: queries `[tiles, queries]`, keys `[tiles, keys]`."""
-        tile = torch.arange(start, stop)
-        queries = keys = torch.zeros(len(tile), 1, dtype=torch.long)
-        members = _unravel(tile, tuple(len(axis.queries) for axis in self.axes))
-        for axis, size, member in zip(self.axes, self.grid, members, strict=True):
-            queries = _extend(queries, size, axis.queries[member])
-            keys = _extend(keys, size, axis.keys[member])
-        return queries, keys if self.kept is None else keys[:, self.kept]
+    def query_rows(self) -> Tensor:
+        """Flat token positions of all tiles' queries, `[tiles, queries]`."""
+        return self._rows([axis.queries for axis in self.axes], 0, self.tiles)
+
+    def key_rows(self, start: int, stop: int) -> Tensor:
+        """Flat token positions of the keys of tiles `start..stop`, `[tiles, keys]`."""
+        rows = self._rows([axis.keys for axis in self.axes], start, stop)
+        return rows if self.kept is None else rows[:, self.kept]
+
+    def _rows(self, positions: list[Tensor], start: int, stop: int) -> Tensor:
+        flat = torch.zeros(stop - start, 1, dtype=torch.long)
+        members = _unravel(torch.arange(start, stop), tuple(len(p) for p in positions))
+        for axis_positions, size, member in zip(positions, self.grid, members, strict=True):
+            flat = _extend(flat, size, axis_positions[member])
+        return flat
+
+
+@lru_cache(maxsize=64)
+def query_order(reach: Reach) -> tuple[Tensor, Tensor]:
+    """Flat token positions in the order of `plan`'s tiles, and the inverse permutation, int64 `[N]` each."""
+    order = torch.cat([group.query_rows().flatten() for group in plan(reach)])
+    return order, order.argsort()
 
 
 @lru_cache(maxsize=64)
@@ -156,7 +169,7 @@ def _unravel(index: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
 
 @lru_cache(maxsize=256)
 def choose_tile(reach: Reach) -> tuple[int, ...]:
-    """The tile shape whose query-key products, key copies and starts cost least, by count (nothing is timed)."""
+    """The tile shape whose query-key products, gathered keys and groups cost least, by count (nothing is timed)."""
     candidates = [list(_axis_candidates(reach, axis)) for axis in range(len(reach.grid))]
     shapes = [
         shape for shape in itertools.product(*candidates) if math.prod(size for size, *_ in shape) <= MAX_TILE_TOKENS
@@ -166,16 +179,16 @@ def choose_tile(reach: Reach) -> tuple[int, ...]:
 
 
 def _axis_candidates(reach: Reach, axis: int) -> Iterator[tuple[int, int, int, int]]:
-    """`(size, query-key products, keys, tiles)` summed over the tiles of the axis, per candidate tile size."""
+    """`(size, query-key products, keys, classes)` over all tiles of the axis, per candidate tile size."""
     length = -(-reach.grid[axis] // reach.dilation[axis])
     stride = reach.stride[axis]
     sizes = {min(2**power, length) for power in range(9)} | {min(stride * m, length) for m in (1, 2, 4)}
     for size in sorted(size for size in sizes if size <= MAX_TILE_TOKENS):
         classes = axis_classes(reach, axis, size)
         tiles = [(len(c.queries), c.queries.shape[1], c.keys.shape[1]) for c in classes]
-        yield size, sum(n * q * k for n, q, k in tiles), sum(n * k for n, _, k in tiles), sum(n for n, _, _ in tiles)
+        yield size, sum(n * q * k for n, q, k in tiles), sum(n * k for n, _, k in tiles), len(classes)
 
 
 def _cost(shape: tuple[tuple[int, int, int, int], ...]) -> float:
-    pairs, keys, tiles = (math.prod(axis[i] for axis in shape) for i in (1, 2, 3))
-    return pairs + KEY_COST * keys + TILE_COST * tiles
+    pairs, keys, groups = (math.prod(axis[i] for axis in shape) for i in (1, 2, 3))
+    return pairs + KEY_COST * keys + GROUP_COST * groups

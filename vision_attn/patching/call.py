@@ -2,7 +2,7 @@
 
 The decision, in order:
 
-1. The operators are switched off in this denoising step: dense.
+1. The operators are switched off in this denoising step, or a guider perturbs this layer's attention: dense.
 2. The layout does not describe the call's tokens: dense and listed. This is how cross-attention passes. A layer whose
    self-attention calls in a whole forward all have another length than its layout says is an error with `strict`.
 3. The operator cannot honour the call (mask, causal, dropout): listed, or an error with `strict`.
@@ -64,6 +64,10 @@ def attend(
     if not layer.switch.active:
         layer.note("dense", layer.switch.reason, None)
         return dense()
+    if _scores_are_skipped():
+        layer.note("dense", "a guider skips the attention scores", None)
+        layer.served = True
+        return dense()
     layout, problem = match(layer, query.shape[1], key.shape[1])
     if layout is None:
         layer.note_unmatched(problem, self_attention=query.shape[1] == key.shape[1])
@@ -87,6 +91,14 @@ def attend(
 
 
 _FIX = "leave the layer out with layers=, or pass strict=False to compute such calls densely (Patch.calls lists them)"
+
+
+def _scores_are_skipped() -> bool:
+    """Whether perturbed-attention guidance is about to replace what stock attention gives by its values."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
 
 
 def match(layer: Any, queries: int, keys: int) -> tuple[TokenLayout | None, str]:

@@ -158,7 +158,7 @@ def _family(model: nn.Module, given: TokenLayout | None) -> tuple[Family | None,
             f"patch: grid must be None for {type(model).__name__}, whose layers have several grids, got {given.grid}: "
             "they are read from the feature maps"
         )
-    return family, GivenLayout(given) if given.text_tokens else GivenGrid(given.grid, family.layout)
+    return family, GivenLayout(given) if given.text_tokens else GivenGrid(given.grid, family)
 
 
 class _Cells:

@@ -106,8 +106,9 @@ def _pixart(make: _Maker) -> Inputs:
 
 def _dit(make: _Maker) -> Inputs:
     config = make.config
+    side = GRID[0] * config.patch_size  # the stock model draws squares only
     return {
-        "hidden_states": make.latent(config.in_channels, config.patch_size, config.patch_size),
+        "hidden_states": make.randn(1, config.in_channels, side, side),
         "timestep": make.full(10).long(),
         "class_labels": make.full(1).long(),
     }

@@ -11,6 +11,7 @@ from torch import nn
 
 from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
+from vision_attn.patching.layouts import Family
 
 LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
 
@@ -52,16 +53,14 @@ class GivenLayout:
 class GivenGrid:
     """A layout function that takes the grid from the user and the text from the model's family.
 
-    Position ids cannot be read inside a compiled graph; all models that have them put the text first.
-
     Args:
         grid: The grid.
-        family_layout: Layout function of the model's family.
+        family: The model's family.
     """
 
-    def __init__(self, grid: tuple[int, ...], family_layout: LayoutFunction) -> None:
+    def __init__(self, grid: tuple[int, ...], family: Family) -> None:
         self.grid = grid
-        self.family_layout = family_layout
+        self.family = family
 
     def __call__(self, module: nn.Module, call: Mapping[str, Any]) -> TokenLayout | None:
         """The family's layout with the user's grid.
@@ -69,9 +68,9 @@ class GivenGrid:
         Raises:
             PatchError: The call has another number of image tokens than the grid.
         """
-        if torch.compiler.is_compiling() and "img_ids" in call:
-            return TokenLayout(self.grid, text_before=call["encoder_hidden_states"].shape[1])
-        layout = self.family_layout(module, call)
+        if torch.compiler.is_compiling() and self.family.layout_of_grid is not None:
+            return self.family.layout_of_grid(module, call, self.grid)
+        layout = self.family.layout(module, call)
         given = TokenLayout(self.grid)
         if layout is None:
             return None

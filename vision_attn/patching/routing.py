@@ -271,8 +271,23 @@ def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 def _reduce(self: Any, protocol: int = 2) -> Any:
     # A pickle holds the stock processor and must load where this package is not installed: only the standard library's
-    # own reconstructor may be named in it.
-    return copyreg._reconstructor, (type(self).stock_class, object, None), self.__dict__  # type: ignore[attr-defined]
+    # own reconstructor may be named in it. Parameters registered in the model need a class that can hold them.
+    stock = stock_class(self)
+    if isinstance(self, nn.Module) and not issubclass(stock, nn.Module):
+        return _stock_with_parameters, (stock, self.__dict__)
+    return copyreg._reconstructor, (stock, object, None), self.__dict__  # type: ignore[attr-defined]
+
+
+def _stock_with_parameters(stock: type, state: dict[str, Any]) -> Any:
+    """A processor that computes as `stock` does and holds parameters: what a trainable one is saved as."""
+    processor = _new(_stock_class_with_parameters(stock))
+    processor.__dict__.update(state)
+    return processor
+
+
+@functools.cache
+def _stock_class_with_parameters(stock: type) -> type:
+    return _routed_class(stock, None, learned=True)  # without a layer it runs the stock code
 
 
 def _copy(self: Any) -> Any:

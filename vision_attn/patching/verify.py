@@ -183,19 +183,22 @@ class _Probe:
         raise _FirstQuery(query, layout)
 
 
-def _first_query(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, TokenLayout]:
+def _first_query(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, TokenLayout] | None:
     try:
         with patch(model, _Probe(), strict=False):
             model(**inputs)
     except _FirstQuery as found:
         return found.query, found.layout
-    raise PatchError("verify: no attention call reached the operator")
+    return None
 
 
 def _token_of_pixel(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[bool | None, str]:
     """Touch the latent under some tokens; exactly those rows of the first query must move."""
     name = next((name for name in LATENT_NAMES if isinstance(inputs.get(name), torch.Tensor)), None)
-    query, layout = _first_query(model, copy.deepcopy(dict(inputs)))
+    first = _first_query(model, copy.deepcopy(dict(inputs)))
+    if first is None:
+        return False, "no attention call reached the operator"
+    query, layout = first
     if name is None or not inputs[name].is_floating_point() or any(_mixes_pixels(part) for part in model.modules()):
         return None, f"not applicable: layout {layout.grid}, {layout.text_before} before, {layout.text_after} after"
     tokens = [tuple(0 for _ in layout.grid), tuple(n - 1 for n in layout.grid), tuple(n // 2 for n in layout.grid)]
@@ -203,7 +206,10 @@ def _token_of_pixel(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[bool |
         touched = copy.deepcopy(dict(inputs))
         if not _touch(touched[name], token, layout):
             return None, f"not applicable: {name} of shape {tuple(touched[name].shape)} for grid {layout.grid}"
-        moved = (_first_query(model, touched)[0] != query).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
+        again = _first_query(model, touched)
+        if again is None or again[1] != layout:
+            return False, f"token {token}: the layout depends on the values of {name}"
+        moved = (again[0] != query).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
         expected = layout.text_before + _row_major(token, layout.grid)
         if moved != [expected]:
             return False, f"token {token} of {layout.grid} must be row {expected}, got {moved[:4]}"

@@ -1,0 +1,71 @@
+"""`verify`: dry runs that pass on right adapters and fail on wrong ones."""
+
+import pytest
+import torch
+from tiny_models import FLUX, SD3, TINY, UNET, Tiny
+
+import vision_attn as va
+from vision_attn.patching import diffusers as adapters
+from vision_attn.patching.layouts import Family
+
+
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_models_pass(tiny: Tiny):
+    model = tiny.model()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    report = va.verify(model)
+    assert report.passed
+    assert model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    names = [check.name for check in report.checks]
+    assert names == [
+        "finite output",
+        "Dense is bit-identical",
+        "neighborhood over the whole grid is dense",
+        "clear over the whole grid is dense",
+        "attention calls",
+        "a window of one token is not dense",
+        "a pixel moves its token",
+        "removal gives the output back",
+        "removal gives processors and keys back",
+    ]
+    applies = {check.name: check.passed for check in report.checks}
+    assert applies["a pixel moves its token"] is (None if tiny.name in ("unet", "sdxl") else True)
+    assert "ok" in str(report)
+    assert "FAILED" not in str(report)
+
+
+def test_inputs_of_the_caller_are_used():
+    report = va.verify(SD3.model(), inputs=SD3.inputs(4, 6))
+    assert "3 tokens of grid (4, 6), 0 before, 5 after" in str(report)
+
+
+def wrong_family(layout) -> Family:
+    return Family("wrong", ("FluxTransformer2DModel",), layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "failure"),
+    [
+        (
+            va.TokenLayout((5, 7), text_after=6),
+            r"a pixel moves its token +FAILED +token \(0, 0\) of \(5, 7\) must be row 0, got \[6\]",
+        ),
+        (va.TokenLayout((5, 6), text_before=6), r"attention calls +FAILED +0 of 3 layers by the operator"),
+    ],
+    ids=["wrong side", "wrong size"],
+)
+def test_wrong_layouts_fail(monkeypatch, layout, failure):
+    monkeypatch.setattr(adapters, "family_of", lambda model: wrong_family(lambda module, call: layout))
+    with pytest.raises(va.PatchError, match=failure):
+        va.verify(FLUX.model())
+
+
+def test_a_model_without_finite_output_fails():
+    model = UNET.model()
+    with torch.no_grad():
+        model.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(va.PatchError, match=r"finite output +FAILED"):
+        va.verify(model)

@@ -68,12 +68,12 @@ def call_module(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def attention_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules of a model that have an attention processor, with their names."""
     for name, module in model.named_modules():
         processor = getattr(module, "processor", None)
         if processor is not None and callable(processor):
-            yield prefix + name.replace("_orig_mod.", ""), module
+            yield name.replace("_orig_mod.", ""), module
 
 
 @dataclass
@@ -86,11 +86,15 @@ class Plan:
     scopes: list[tuple[nn.Module, LayoutFunction, Cell]] = field(default_factory=list)
 
     def install(self) -> Installation:
-        """Put the routed processors in and register the hooks."""
+        """Put the routed processors in and register the hooks.
+
+        A model without routed layers is watched only when steps are counted: its steps are steps of the pipeline.
+        """
         for module, layer in self.routed:
             self.installation.add(module, layer)
         self.installation.skipped = self.skipped
-        self.installation.watch(self.scopes)
+        if self.routed or self.installation.tracker is not None:
+            self.installation.watch(self.scopes)
         return self.installation
 
 
@@ -121,7 +125,7 @@ def plan(
     routes: list[Route] = []
     for name, module in attention_modules(model):
         shown, processor = prefix + name, module.processor
-        rule = next((rule for rule in rules if rule.matches(shown) or rule.matches(name)), None)
+        rule = next((rule for rule in rules if rule.serves(prefix, name)), None)
         cell = cells.of(name)
         reason = "not selected by layers" if rule is None else _skip_reason(family, name, processor, cell)
         if rule is None or cell is None or reason:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,6 @@ from torch import nn
 from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.layouts import Family
-
-LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
 
 
 def check_grid(grid: Any) -> TokenLayout:

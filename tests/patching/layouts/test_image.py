@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from zoo import ZOO
+from zoo_case import UPSTREAM_WARNINGS
 from zoo_flux import flux_inputs, ids, qwen_inputs, with_reference
-from zoo_image import ZOO_IMAGE
 from zoo_measure import bound_arguments
 
+import vision_attn as va
 from vision_attn import TokenLayout
 from vision_attn.patching.layouts import FAMILIES, family_of
 
-CASES = {case.name: case for case in ZOO_IMAGE}
+pytestmark = UPSTREAM_WARNINGS
+
+CASES = {case.name: case for case in ZOO}
 
 
 def layout_of(name: str, changes: Mapping[str, Any]) -> TokenLayout | None:
@@ -104,3 +108,37 @@ def test_legacy_transformer_of_patches_and_of_codebook_indices() -> None:
     assert family.layout(codes, {"hidden_states": torch.zeros(2, 12)}) == TokenLayout((3, 4))
     patches = SimpleNamespace(is_input_vectorized=False, is_input_patches=True, patch_size=2)
     assert family.layout(patches, {"hidden_states": torch.zeros(2, 4, 10, 14)}) == TokenLayout((5, 7))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux",
+        "flux_kontext",
+        "flux2_reference",
+        "flux3",
+        "flux3_reference",
+        "chroma",
+        "longcat_image",
+        "krea2",
+        "ideogram4",
+        "flux_controlnet",
+        "flux_controlnet_union",
+    ],
+)
+def test_a_given_grid_makes_the_layout_that_is_read_otherwise(name: str) -> None:
+    case = CASES[name]
+    model = case.build()
+    family = family_of(model)
+    call = bound_arguments(model, (), case.inputs(*case.grid))
+    assert family.layout_of_grid is not None
+    assert family.layout_of_grid(model, call, case.grid) == family.layout(model, call)
+
+
+def test_a_given_grid_with_references_in_a_whole_graph() -> None:
+    case = CASES["flux_kontext"]
+    model, inputs = case.build(), case.inputs(*case.grid)
+    with va.patch(model, va.Clear(radius=2), grid=case.grid), torch.no_grad():
+        expected = model(**inputs).sample
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**inputs).sample, expected)

@@ -12,6 +12,7 @@ from vision_attn.patching.layouts.image import (
     CROSS_ATTENTION,
     TEXT_ONLY,
     _flux,
+    _flux_of_grid,
     _image,
     _image_text,
     _qwen,
@@ -22,9 +23,15 @@ from vision_attn.patching.layouts.image import (
 def _flux_controlnet(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     """T|I; a union ControlNet puts one token for its mode in front."""
     layout = _flux(model, call)
-    if layout is None or not model.union:
-        return layout
-    return replace(layout, text_before=layout.text_before + 1)
+    return None if layout is None else _behind_mode(model, layout)
+
+
+def _flux_controlnet_of_grid(model: Any, call: Mapping[str, Any], grid: tuple[int, ...]) -> TokenLayout:
+    return _behind_mode(model, _flux_of_grid(model, call, grid))
+
+
+def _behind_mode(model: Any, layout: TokenLayout) -> TokenLayout:
+    return replace(layout, text_before=layout.text_before + 1) if model.union else layout
 
 
 def _sd3_controlnet(model: Any, call: Mapping[str, Any]) -> TokenLayout:
@@ -33,7 +40,7 @@ def _sd3_controlnet(model: Any, call: Mapping[str, Any]) -> TokenLayout:
 
 
 CONTROLNET_FAMILIES: tuple[Family, ...] = (
-    Family("flux_controlnet", ("FluxControlNetModel",), _flux_controlnet),
+    Family("flux_controlnet", ("FluxControlNetModel",), _flux_controlnet, layout_of_grid=_flux_controlnet_of_grid),
     Family("sd3_controlnet", ("SD3ControlNetModel",), _sd3_controlnet, image_only=("*.attn2",)),
     Family("qwen_image_controlnet", ("QwenImageControlNetModel",), _qwen),
     Family("hunyuan_dit_controlnet", ("HunyuanDiT2DControlNetModel",), _image, skip=(("*.attn2", CROSS_ATTENTION),)),

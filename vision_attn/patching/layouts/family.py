@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LayoutFunction = Callable[["nn.Module", Mapping[str, Any]], TokenLayout | None]
+GridLayoutFunction = Callable[["nn.Module", Mapping[str, Any], tuple[int, ...]], TokenLayout]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Family:
         skip: `(glob on the attention module's name, reason)`: attention that is no spatial self or joint attention.
         image_only: Globs on names of attention modules whose sequence is the image tokens alone although the main
             sequence has text as well (second attention of SD 3.5, image refiners).
+        layout_of_grid: `layout_of_grid(scope module, arguments, grid)` does the same for a grid that the user gives,
+            in families whose `layout` reads the values of tensors: that is not possible inside a compiled graph.
         open_end: Sequences go on after the grid for as many tokens as each call has (Mochi calls attention once per
             sample, with that sample's valid text; image refiners hold pads or references behind the image).
         in_parts: Attention is also called on parts of the sequence that do not hold the image (Qwen-Image 2.1 attends
@@ -47,6 +50,7 @@ class Family:
     scope: tuple[str, ...] | None = None
     skip: tuple[tuple[str, str], ...] = ()
     image_only: tuple[str, ...] = ()
+    layout_of_grid: GridLayoutFunction | None = None
     open_end: bool = False
     in_parts: bool = False
 

@@ -69,21 +69,25 @@ def _flux(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; references differ from the target in the first column of `img_ids`."""
     if call.get("kv_cache_mode") is not None:
         return None  # FLUX.2 with cached references attends in several calls of its own
-    target, grid = read_target(call["img_ids"])
-    if grid is None:
-        return None
-    return TokenLayout(grid, text_before=_text_tokens(call), text_after=call["hidden_states"].shape[1] - target)
+    _, grid = read_target(call["img_ids"])
+    return None if grid is None else _flux_of_grid(model, call, grid)
+
+
+def _flux_of_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
+    references = call["hidden_states"].shape[1] - math.prod(grid)
+    return TokenLayout(grid, text_before=_text_tokens(call), text_after=references)
 
 
 def _flux3(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; references come as an argument of their own."""
     grid = read_grid(call["img_ids"])
+    return None if grid is None else _flux3_of_grid(model, call, grid)
+
+
+def _flux3_of_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
     references = call["image_cond_hidden_states"]
-    if grid is None:
-        return None
-    return TokenLayout(
-        grid, text_before=_text_tokens(call), text_after=0 if references is None else references.shape[1]
-    )
+    after = 0 if references is None else references.shape[1]
+    return TokenLayout(grid, text_before=_text_tokens(call), text_after=after)
 
 
 def _image_shapes(call: Call) -> list[tuple[int, int, int]] | None:
@@ -217,11 +221,19 @@ def _ideogram4(model: Any, call: Call) -> TokenLayout | None:
     return None if grid is None else TokenLayout(grid, text_before=before, text_after=after)
 
 
+def _ideogram4_of_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
+    """Pipelines put the image last."""
+    return TokenLayout(grid, text_before=call["hidden_states"].shape[1] - math.prod(grid))
+
+
 def _krea2(model: Any, call: Call) -> TokenLayout | None:
     """T|I."""
-    text = _text_tokens(call)
-    grid = read_grid(call["position_ids"], start=text)
-    return None if grid is None else TokenLayout(grid, text_before=text)
+    grid = read_grid(call["position_ids"], start=_text_tokens(call))
+    return None if grid is None else _krea2_of_grid(model, call, grid)
+
+
+def _krea2_of_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
+    return TokenLayout(grid, text_before=_text_tokens(call))
 
 
 def _fibo2(model: Any, call: Call) -> TokenLayout:
@@ -288,11 +300,13 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
             "OvisImageTransformer2DModel",
         ),
         _flux,
+        layout_of_grid=_flux_of_grid,
     ),
     Family(
         "flux3",
         ("Flux3Transformer2DModel",),
         _flux3,
+        layout_of_grid=_flux3_of_grid,
         skip=(
             ("txt_mode_blocks.*", TEXT_ONLY),
             ("mode_blocks.image_cond.*", "reference images only"),
@@ -345,8 +359,14 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         skip=(("context_embedder.*", TEXT_ONLY),),
     ),
     Family("ernie_image", ("ErnieImageTransformer2DModel",), _ernie),
-    Family("ideogram4", ("Ideogram4Transformer2DModel",), _ideogram4),
-    Family("krea2", ("Krea2Transformer2DModel",), _krea2, skip=(("text_fusion.*", TEXT_ONLY),)),
+    Family("ideogram4", ("Ideogram4Transformer2DModel",), _ideogram4, layout_of_grid=_ideogram4_of_grid),
+    Family(
+        "krea2",
+        ("Krea2Transformer2DModel",),
+        _krea2,
+        layout_of_grid=_krea2_of_grid,
+        skip=(("text_fusion.*", TEXT_ONLY),),
+    ),
     Family(
         "fibo2",
         ("BriaFibo2Transformer2DModel",),

@@ -29,6 +29,8 @@ def _unet_block(block: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     """Blocks that concatenate text to the keys are told apart by their name; the others hold the pixels alone."""
     if "SimpleCrossAttn" in type(block).__name__:
         return _feature_map_with_text(block, call)
+    if getattr(getattr(block, "config", None), "only_cross_attention", False):
+        return None  # the first attention sees the text as well, and there may be as much text as pixels
     return _feature_map(block, call)
 
 

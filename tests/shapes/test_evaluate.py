@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from vision_attn.shapes.card import model_card
 from vision_attn.shapes.evaluate import KindScore, Report, evaluate, generate, held_out_scenes, main
 from vision_attn.shapes.scenes import KINDS, sample_scene
 
@@ -75,9 +77,22 @@ def test_the_command_writes_its_scores(
     options = ["--sizes", "24x32", "--captions-per-kind", "1", "--steps", "1", "--json", str(out)]
     main([str(tiny_flux_folder), *options])
     assert "| 24x32 | one object | 1 |" in capsys.readouterr().out
+    assert not (tiny_flux_folder / "README.md").exists()
     content = json.loads(out.read_text(encoding="utf-8"))
     assert content["num_inference_steps"] == 1
     assert [row["kind"] for row in content["rows"]] == list(KINDS)
+
+
+def test_the_card_states_settings_scores_and_training(tiny_flux_folder: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_flux_folder, directory)
+    report = Report((KindScore("many", 48, 64, 50, objects=0.5, colors=0.76, right=0.25),), 20, 3.0)
+    card = model_card(directory, report)
+    assert report.markdown() in card
+    assert "No note on these weights." in card
+    assert "--sizes 48x64`" in card
+    (directory / "training.md").write_text("Trained for one step.", encoding="utf-8")
+    assert "Trained for one step." in model_card(directory, report)
 
 
 def test_bad_input_is_refused(pipeline: FluxPipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

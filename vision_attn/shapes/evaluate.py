@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .card import model_card
 from .detector import Score, score
 from .model import MAX_SEQUENCE_LENGTH, PIXELS_PER_TOKEN, read_settings
 from .scenes import KINDS, Scene, sample_scene
@@ -176,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--true-cfg-scale", type=float, help="guidance (default: the model's)")
     parser.add_argument("--json", type=Path, help="also write the scores here")
+    parser.add_argument("--card", action="store_true", help="write the scores into the directory's README.md")
     options = parser.parse_args(arguments)
     from diffusers import FluxPipeline
 
@@ -190,6 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         settings["true_cfg_scale"] if options.true_cfg_scale is None else options.true_cfg_scale,
     )
     print(report.markdown())
+    if options.card:
+        (options.directory / "README.md").write_text(model_card(options.directory, report), encoding="utf-8")
     if options.json is not None:
         content: dict[str, Any] = asdict(report)
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

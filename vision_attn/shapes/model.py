@@ -152,7 +152,28 @@ def build_text_encoders(
         use_cache=False,
         is_encoder_decoder=False,
     )
-    return CLIPTextModel(clip), T5EncoderModel(t5)
+    encoder = T5EncoderModel(t5)
+    look_at_neighbours(encoder)
+    return CLIPTextModel(clip), encoder
+
+
+def look_at_neighbours(encoder: T5EncoderModel) -> None:
+    """Starts the four heads with attention to the next, the last, the second next and the second last token.
+
+    FLUX gives all text tokens the same rotary position, so word order reaches the picture through this encoder alone.
+    From T5's own start attention was still uniform after 1,700 steps: the output for "circle" was the same in "a red
+    circle and a blue square" and "a blue circle and a red square", and no color could be bound to its shape.
+    """
+    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    buckets = attention._relative_position_bucket(
+        torch.tensor([1, -1, 2, -2]),
+        bidirectional=True,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+    with torch.no_grad():
+        attention.relative_attention_bias.weight.zero_()
+        attention.relative_attention_bias.weight[buckets, torch.arange(4)] = 5.0
 
 
 def build_transformer() -> FluxTransformer2DModel:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.report import Call
@@ -79,7 +80,18 @@ class Layer:
             self.calls.append(call)
 
     def note_unmatched(self, reason: str, self_attention: bool) -> None:
-        """List a call that the layout does not describe."""
-        if self_attention and not self.in_parts and not torch.compiler.is_compiling():
+        """List a call that the layout does not describe.
+
+        Raises:
+            PatchError: Inside a compiled graph, with `strict`: there is no list to look at after the forward.
+        """
+        if self_attention and not self.in_parts:
+            if torch.compiler.is_compiling():
+                if self.strict:
+                    raise PatchError(
+                        f"patch: {self.name!r} must be called with the tokens of its layout, {reason}: check grid=, "
+                        "leave the layer out with layers=, or pass strict=False"
+                    )
+                return
             self.unmatched = reason
         self.note("dense", reason, None)

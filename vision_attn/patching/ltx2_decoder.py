@@ -159,7 +159,7 @@ def plan_decoder(prefix: str, target: nn.Module, rules: Sequence[Rule], strict: 
     result = Plan(Installation(model, target, Switch(), strict, None))
     for name, module in attention_modules(model):
         shown = prefix + name
-        rule = next((rule for rule in rules if rule.matches(shown) or rule.matches(name)), None)
+        rule = next((rule for rule in rules if rule.serves(prefix, name)), None)
         if rule is None:
             result.skipped.append(Skipped(shown, "not selected by layers"))
             continue

@@ -24,6 +24,10 @@ class Rule:
     operator: Any
     pattern: str | None = None
 
+    def serves(self, prefix: str, name: str) -> bool:
+        """Whether the rule is for a module, named with or without the prefix of its model."""
+        return self.matches(prefix + name) or self.matches(name)
+
 
 def make_rules(op: Any, layers: Any) -> list[Rule]:
     """Turn `op` and `layers` into rules; the first that matches a name wins.
@@ -77,16 +81,16 @@ def check_operator(op: Any) -> Any:
     return op
 
 
-def require_matches(rules: Sequence[Rule], names: Iterable[str]) -> None:
-    """Check that every glob names at least one attention module.
+def require_matches(rules: Sequence[Rule], names: Iterable[tuple[str, str]]) -> None:
+    """Check that every glob names at least one attention module, given by prefix and name.
 
     Raises:
         PatchError: A glob that matches nothing.
     """
     names = list(names)
     for rule in rules:
-        if rule.pattern is not None and not any(rule.matches(name) for name in names):
-            shown = ", ".join(repr(name) for name in names[:3])
+        if rule.pattern is not None and not any(rule.serves(*name) for name in names):
+            shown = ", ".join(repr(prefix + name) for prefix, name in names[:3])
             raise PatchError(
                 f"patch: layers must match attention modules, got {rule.pattern!r}: names look like {shown}"
             )

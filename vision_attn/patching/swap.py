@@ -178,7 +178,7 @@ def patch(
     given = None if grid is None else check_grid(grid)
     numbers = None if steps is None else check_steps(steps)
     require_matches(
-        rules, [name for prefix, model in models for name, _ in attention_modules(call_module(model), prefix)]
+        rules, [(prefix, name) for prefix, model in models for name, _ in attention_modules(call_module(model))]
     )
     pipeline = target if not isinstance(target, nn.Module) else None
     tracker = None if numbers is None else StepTracker(numbers, pipeline)
@@ -194,7 +194,7 @@ def patch(
         raise PatchError(
             f"patch: layers must leave at least one attention to route, got none: {reasons or 'no attention'}"
         )
-    return Patch(planned.install() for planned in plans if planned.routed or len(plans) == 1)
+    return Patch(planned.install() for planned in plans)
 
 
 def unpatch(target: Any) -> None:

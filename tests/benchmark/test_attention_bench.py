@@ -125,6 +125,14 @@ def test_memory_is_that_of_a_whole_process_of_its_own():
     assert 50 * 2**20 < found["peak_bytes"] < 1500 * 2**20
 
 
+def test_memory_of_the_caller_does_not_count():
+    small = memory_probe.probe((8, 16), heads=1, head_dim=8, radius=3.0)
+    held = torch.ones(600 * 2**20 // 4)
+    again = memory_probe.probe((8, 16), heads=1, head_dim=8, radius=3.0)
+    assert held[-1] == 1
+    assert abs(again["peak_bytes"] - small["peak_bytes"]) < 100 * 2**20
+
+
 def test_a_failed_measuring_process_says_why():
     with pytest.raises(RuntimeError, match=r"probe: the measuring process failed: .*radius.*-1"):
         memory_probe.probe((4, 6), heads=1, head_dim=8, radius=-1)

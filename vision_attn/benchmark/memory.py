@@ -49,7 +49,7 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            peak = _status_bytes("VmHWM")
+            peak = status_bytes("VmHWM")
         self.bytes = max(0, peak - self._before)
 
 
@@ -62,12 +62,13 @@ def _reset_high_water_mark() -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
     try:
         _CLEAR.write_text("5")
-        return _status_bytes("VmRSS")
+        return status_bytes("VmRSS")
     except OSError:
         return None
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A memory field of this process's status, such as VmRSS (now) or VmHWM (at its peak); Linux only."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

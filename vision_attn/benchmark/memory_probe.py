@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vision_attn.benchmark.memory import status_bytes
+
 
 def probe(grid: tuple[int, int], *, heads: int, head_dim: int, radius: float, device: str = "cpu") -> dict[str, Any]:
     """Run this module in a fresh process and return what it found.
@@ -37,9 +39,11 @@ def probe(grid: tuple[int, int], *, heads: int, head_dim: int, radius: float, de
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform.startswith("linux"):
+        # Not ru_maxrss: a child starts with its parent's there, and the parent has just run dense attention.
+        return status_bytes("VmHWM")
     import resource  # not on Windows
 
-    # Kibibytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

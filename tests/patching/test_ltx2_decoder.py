@@ -6,11 +6,13 @@ import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.models.autoencoders import ltx2_diffusion_decoder
 from diffusers.models.autoencoders.ltx2_diffusion_decoder import (
     LTX2VideoVaeNeighborhoodAttention,
     LTX2VideoVaeNeighborhoodAttnProcessor,
@@ -53,6 +55,14 @@ def decode(model: nn.Module) -> torch.Tensor:
         return model(randn(2, 8, 3, 4, 5), generator=torch.Generator().manual_seed(1)).sample
 
 
+def layer_model(kernel_size: tuple[int, int, int]) -> Any:
+    """One layer in a model that is taken for the decoder."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": LTX2VideoVaeNeighborhoodAttention(32, kernel_size, head_dim=16)})
+    model.__class__ = type("LTX2VideoDiffusionDecoder3d", (nn.ModuleDict,), {})
+    return model
+
+
 def attentions(model: nn.Module) -> dict[str, Any]:
     return {name: part for name, part in model.named_modules() if isinstance(part, LTX2VideoVaeNeighborhoodAttention)}
 
@@ -77,15 +87,11 @@ def test_own_windows_equal_the_stock_decoder(stock: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kernel_size", [(3, 3, 3), (2, 3, 4), (5, 2, 6), (4, 6, 7), (1, 1, 1)])
 def test_a_layer_equals_the_stock_processor(kernel_size: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    attention = LTX2VideoVaeNeighborhoodAttention(32, kernel_size, head_dim=16)
-    model = nn.ModuleDict({"attn": attention})
-    model.__class__ = type("LTX2VideoDiffusionDecoder3d", (nn.ModuleDict,), {})
-    features = randn(2, 5, 6, 7, 32)
+    model, features = layer_model(kernel_size), randn(2, 5, 6, 7, 32)
     with torch.no_grad():  # FlexAttention has no backward on the CPU
-        expected = attention(features)
+        expected = model["attn"](features)
     with va.patch(model), torch.no_grad():
-        torch.testing.assert_close(attention(features), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model["attn"](features), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_operator_takes_the_place_of_all_windows(stock: torch.Tensor) -> None:
@@ -150,6 +156,61 @@ def test_own_windows_are_for_this_decoder_only() -> None:
         va.patch(model)
 
 
+def test_no_block_mask_is_ever_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*args: object) -> None:
+        raise AssertionError("a mask over all pairs of blocks")
+
+    model = decoder()
+    monkeypatch.setattr(ltx2_diffusion_decoder, "_neighborhood_block_mask", build)
+    with pytest.raises(AssertionError, match="all pairs"):
+        decode(model)
+    with va.patch(model):
+        assert decode(model).isfinite().all()
+
+
+def test_tiled_decoding_equals_stock_tiled_decoding(stock: torch.Tensor) -> None:
+    model = decoder()
+    model.enable_tiling(12, 12, 4, 8, 8, 2)
+    expected = decode(model)
+    assert not torch.allclose(expected, stock, atol=1e-3)
+    with va.patch(model):
+        torch.testing.assert_close(decode(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_flow_where_stock_has_none() -> None:
+    model = decoder()
+    with va.patch(model):
+        model(randn(1, 8, 3, 4, 5), generator=torch.Generator().manual_seed(1)).sample.square().mean().backward()
+    gradient = attentions(model)["decoder.diff_blocks.0.attn"].to_k.weight.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+def test_a_layer_compiles_in_one_graph() -> None:
+    model, features = layer_model((3, 2, 4)), randn(2, 5, 6, 7, 32)
+    with va.patch(model), torch.no_grad():
+        expected = model["attn"](features)
+        compiled = torch.compile(model["attn"], fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(features), expected)
+
+
+def test_an_operator_that_refuses_a_call_raises_or_leaves_the_layer_its_window() -> None:
+    @dataclass(frozen=True)
+    class Refusing:
+        def __call__(self, query: object, key: object, value: object, layout: object, scale: object = None) -> None:
+            raise va.UnsupportedError("three axes")
+
+    model, features = layer_model((3, 2, 4)), randn(2, 5, 6, 7, 32)
+    with torch.no_grad():
+        expected = model["attn"](features)
+        with va.patch(model, Refusing()), pytest.raises(va.PatchError, match="cannot honour the call of 'attn': three"):
+            model["attn"](features)
+        with va.patch(model, Refusing(), strict=False) as patch:
+            torch.testing.assert_close(model["attn"](features), expected, rtol=1e-5, atol=1e-6)
+            assert [(call.kind, call.reason) for call in patch.calls["attn"]] == [("dense", "three axes")]
+
+
 @pytest.mark.parametrize(("argument", "value"), [("grid", (3, 4, 5)), ("steps", range(2)), ("trainable", True)])
 def test_arguments_without_meaning_are_refused(argument: str, value: object) -> None:
     with pytest.raises(va.PatchError, match=rf"{argument} must be left out for LTX2VideoDiffusionDecoderModel, got"):
@@ -172,7 +233,7 @@ import resource, torch, vision_attn as va
 from torch import nn
 from diffusers.models.autoencoders.ltx2_diffusion_decoder import LTX2VideoVaeNeighborhoodAttention
 torch.set_num_threads(1)
-attention = LTX2VideoVaeNeighborhoodAttention(64, (11, 11, 11), head_dim=64)
+attention = LTX2VideoVaeNeighborhoodAttention(64, (5, 7, 7), head_dim=64)
 model = nn.ModuleDict({"attn": attention})
 model.__class__ = type("LTX2VideoDiffusionDecoder3d", (nn.ModuleDict,), {})
 peaks = []

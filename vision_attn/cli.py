@@ -280,10 +280,11 @@ def _progress(total: int | None, unit: str) -> Iterator[Callable[[str], None]]:
     """A bar on standard error; gives the function that moves it on and names what was done."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file needs no line per image
+    with tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True, mininterval=pause) as bar:
 
         def on_run(name: str) -> None:
-            bar.set_description(name)
+            bar.set_description(name, refresh=False)
             bar.update()
 
         yield on_run

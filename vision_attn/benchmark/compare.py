@@ -260,7 +260,8 @@ def _window(operator: Any, layout: va.TokenLayout | None) -> NDArray[np.bool_] |
         return None
     *frame, rows, columns = (size // 2 for size in layout.grid)
     image = mask[layout.image_slice, layout.image_slice].cpu().numpy().reshape(*layout.grid, *layout.grid)
-    return np.asarray(image[(*frame, rows, columns, *frame)], dtype=np.bool_)
+    query = (*frame, rows, columns)
+    return np.asarray(image[query + tuple(frame)], dtype=np.bool_)
 
 
 def _device_of(pipe: Any) -> torch.device:

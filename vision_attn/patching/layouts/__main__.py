@@ -14,6 +14,9 @@ attention it leaves as it is. Classes are known by name, so subclasses are serve
 registers, pads) are seen by every query and see everything. A model that is not listed can be patched with
 `grid=(Y, X)`, `grid=(T, Y, X)` or a `TokenLayout`.
 
+The diffusion video decoder of LTX-2.5, `LTX2VideoDiffusionDecoderModel`, is made of neighborhood attention:
+`va.patch(decoder)` computes each layer's own window in linear memory, `va.patch(decoder, op)` any other.
+
 This page is printed by `python -m vision_attn.patching.layouts`.
 """
 

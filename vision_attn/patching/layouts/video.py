@@ -204,11 +204,12 @@ def _trailing(flags: torch.Tensor) -> int:
 
 _TEXT_CROSS = ("*.attn2", CROSS_ATTENTION)
 AUDIO_ONLY = "audio only: it never sees the video"
+AUDIO_CROSS = "cross-attention between audio and video"
 _AUDIO = (
     ("*.audio_attn1", AUDIO_ONLY),
-    ("*.audio_attn2", CROSS_ATTENTION),
-    ("*.audio_to_video_attn", CROSS_ATTENTION),
-    ("*.video_to_audio_attn", CROSS_ATTENTION),
+    ("*.audio_attn2", AUDIO_ONLY),
+    ("*.audio_to_video_attn", AUDIO_CROSS),
+    ("*.video_to_audio_attn", AUDIO_CROSS),
 )
 _TEXT_REFINER = ("context_embedder*", TEXT_ONLY)
 
@@ -250,7 +251,9 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         skip=(
             ("*text_transformer_blocks.*", TEXT_ONLY),
             ("*.audio_dec_block.*", AUDIO_ONLY),
-            ("*cross_attention", CROSS_ATTENTION),
+            ("*.va_cross_attention", AUDIO_CROSS),
+            ("*.av_cross_attention", AUDIO_CROSS),
+            ("*.cross_attention", CROSS_ATTENTION),
         ),
     ),
     Family("cogvideox", ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"), _cogvideox),

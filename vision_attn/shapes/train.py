@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 # (rows, columns) of the token grid, and its share of the steps before and after `_MIXED_FROM` of the run.
 _GRIDS: tuple[tuple[tuple[int, int], float, float], ...] = (
     ((12, 12), 0.76, 0.44),
-    ((12, 16), 0.06, 0.07),
-    ((16, 12), 0.06, 0.07),
+    ((12, 16), 0.06, 0.06),
+    ((16, 12), 0.06, 0.06),
     ((16, 16), 0.07, 0.12),
     ((16, 24), 0.01, 0.04),
     ((24, 16), 0.01, 0.04),
     ((24, 24), 0.03, 0.09),
     ((32, 32), 0.00, 0.08),
-    ((48, 48), 0.00, 0.035),
-    ((64, 64), 0.00, 0.015),
+    ((48, 48), 0.00, 0.04),
+    ((64, 64), 0.00, 0.03),
 )
-_MIXED_FROM = 0.6
+_MIXED_FROM = 0.7
 # Shares of the kinds of scene (one, two, relation, many) in the first `_SIMPLE_UNTIL` of the run and after it.
 _SIMPLE_KINDS = (0.45, 0.35, 0.15, 0.05)
 _ALL_KINDS = (0.30, 0.35, 0.22, 0.13)
@@ -57,7 +57,7 @@ _CHECKPOINT = "checkpoint.pt"
 class TrainingConfig:
     """Everything that decides the weights of a run; sizes in tokens, `steps` is the length of the whole run."""
 
-    steps: int = 3000
+    steps: int = 4000
     seed: int = 0
     learning_rate: float = 1e-3
     warmup_steps: int = 100

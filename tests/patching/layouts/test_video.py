@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from zoo_video import ZOO_VIDEO
 
+import vision_attn as va
 from vision_attn import PatchError, TokenLayout
 from vision_attn.patching.layouts import REFUSED, family_of
 from vision_attn.patching.layouts.video import VIDEO_FAMILIES
@@ -118,6 +120,23 @@ def test_minimax_tells_an_earlier_reference_of_the_same_size_by_its_noise_level(
 def test_minimax_has_no_layout_when_something_follows_the_video() -> None:
     positions = torch.cat([places(3, 5, 7), torch.zeros(4, 3)])
     assert minimax(positions, torch.arange(105)) is None
+
+
+@pytest.mark.parametrize("name", ["ltx_condition", "minimax_h3"])
+def test_a_given_grid_needs_no_values_of_tensors(name: str) -> None:
+    """Positions are read to find the grid; a grid from the user traces into one graph instead."""
+    case = next(case for case in ZOO_VIDEO if case.name == name)
+    model = case.build()
+    with torch.no_grad():
+        with va.patch(model, va.Neighborhood(kernel_size=3)):
+            expected = model(**case.inputs(*case.grid))
+        with va.patch(model, va.Neighborhood(kernel_size=3), grid=case.grid) as patch:
+            given = model(**case.inputs(*case.grid))
+            layouts = {call.layout for calls in patch.calls.values() for call in calls}
+            compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")(**case.inputs(*case.grid))
+    assert {layout.grid for layout in layouts} == {case.grid}
+    torch.testing.assert_close(given.sample, expected.sample, rtol=0, atol=0)
+    torch.testing.assert_close(compiled.sample, expected.sample)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,11 @@ def _ltx(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     if None in grid:
         coordinates = call["video_coords"]
         return None if coordinates is None else _layout_at_end(coordinates[0].mT, coordinates.shape[-1])
+    return _ltx_of_grid(model, call, grid)
+
+
+def _ltx_of_grid(model: Any, call: Mapping[str, Any], grid: tuple[int, ...]) -> TokenLayout:
+    """The video ends the sequence."""
     return TokenLayout(grid, text_before=call["hidden_states"].shape[1] - math.prod(grid))
 
 
@@ -179,6 +184,11 @@ def _minimax_h3(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
     return _layout_at_end(positions, min(contiguous, _trailing(noise == noise[-1])))
 
 
+def _minimax_h3_of_grid(model: Any, call: Mapping[str, Any], grid: tuple[int, ...]) -> TokenLayout:
+    """The video ends the sequence."""
+    return TokenLayout(grid, text_before=call["position_ids"].shape[0] - math.prod(grid))
+
+
 def _layout_at_end(positions: torch.Tensor, video_tokens: int) -> TokenLayout | None:
     """Find the grid of the row-major video that ends a sequence from the positions `[S, 3]` (t, y, x) of its tokens.
 
@@ -228,7 +238,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
     ),
     Family("anyflow", ("AnyFlowTransformer3DModel",), _anyflow, skip=(_TEXT_CROSS,)),
     Family("helios", ("HeliosTransformer3DModel",), _helios, skip=(_TEXT_CROSS,)),
-    Family("ltx", ("LTXVideoTransformer3DModel",), _ltx, skip=(_TEXT_CROSS,)),
+    Family("ltx", ("LTXVideoTransformer3DModel",), _ltx, skip=(_TEXT_CROSS,), layout_of_grid=_ltx_of_grid),
     Family(
         "ltx2",
         ("LTX2VideoTransformer3DModel",),
@@ -282,6 +292,7 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
         ("MiniMaxH3Transformer3DModel",),
         _minimax_h3,
         skip=(("token_refiner.*", TEXT_ONLY),),
+        layout_of_grid=_minimax_h3_of_grid,
     ),
 )
 

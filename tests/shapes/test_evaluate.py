@@ -74,13 +74,15 @@ def test_the_command_writes_its_scores(
     tiny_flux_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.json"
-    options = ["--sizes", "24x32", "--captions-per-kind", "1", "--steps", "1", "--json", str(out)]
+    options = ["--sizes", "24x32", "32x24:2", "--captions-per-kind", "1", "--steps", "1", "--json", str(out)]
     main([str(tiny_flux_folder), *options])
-    assert "| 24x32 | one object | 1 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 24x32 | one object | 1 |" in printed
+    assert "| 32x24 | one object | 2 |" in printed
     assert not (tiny_flux_folder / "README.md").exists()
     content = json.loads(out.read_text(encoding="utf-8"))
     assert content["num_inference_steps"] == 1
-    assert [row["kind"] for row in content["rows"]] == list(KINDS)
+    assert [row["kind"] for row in content["rows"]] == list(KINDS) * 2
 
 
 def test_the_card_states_settings_scores_and_training(tiny_flux_folder: Path, tmp_path: Path) -> None:

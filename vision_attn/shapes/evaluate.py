@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -159,11 +160,14 @@ def _summary(kind: str, height: int, width: int, scores: Sequence[Score]) -> Kin
     return KindScore(kind, height, width, len(scores), **shares)
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"size must look like 48x64 (height x width in pixels), got {text!r}")
-    return int(height), int(width)
+def _parse_size(text: str) -> tuple[int, int, int | None]:
+    """`48x64` or, with its own number of captions per kind, `256x256:4`."""
+    match = re.fullmatch(r"(\d+)x(\d+)(?::(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"size must look like 48x64 (height x width in pixels) or 256x256:4, got {text!r}"
+        )
+    return int(match[1]), int(match[2]), None if match[3] is None else int(match[3])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -172,7 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m vision_attn.shapes.evaluate", description="Score a model directory."
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--sizes", type=_parse_size, nargs="+", default=[(48, 48)], help="height x width in pixels")
+    sizes_help = "height x width in pixels; 256x256:4 draws 4 captions of each kind at that size"
+    parser.add_argument("--sizes", type=_parse_size, nargs="+", default=[(48, 48, None)], help=sizes_help)
     parser.add_argument("--captions-per-kind", type=int, default=50)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--true-cfg-scale", type=float, help="guidance (default: the model's)")
@@ -184,13 +189,13 @@ def main(arguments: list[str] | None = None) -> None:
     settings = read_settings(options.directory)
     pipeline = FluxPipeline.from_pretrained(options.directory, local_files_only=True)
     pipeline.set_progress_bar_config(desc="steps", leave=False)
-    report = evaluate(
-        pipeline,
-        options.captions_per_kind,
-        options.sizes,
-        settings["num_inference_steps"] if options.steps is None else options.steps,
-        settings["true_cfg_scale"] if options.true_cfg_scale is None else options.true_cfg_scale,
-    )
+    steps = settings["num_inference_steps"] if options.steps is None else options.steps
+    scale = settings["true_cfg_scale"] if options.true_cfg_scale is None else options.true_cfg_scale
+    rows: list[KindScore] = []
+    for height, width, count in options.sizes:
+        captions = options.captions_per_kind if count is None else count
+        rows.extend(evaluate(pipeline, captions, [(height, width)], steps, scale).rows)
+    report = Report(tuple(rows), steps, scale)
     print(report.markdown())
     if options.card:
         (options.directory / "README.md").write_text(model_card(options.directory, report), encoding="utf-8")

@@ -65,25 +65,36 @@ def test_repeated_blocks_follow_the_steps():
     assert not torch.allclose(second, plain, atol=1e-4)
 
 
-def test_position_ids_with_the_patch_on_the_compiled_model():
+def test_position_ids_compile_whole():
+    """The hook of the compiled module runs outside of its graph, where ids can be read."""
     model = FLUX.model(num_single_layers=1)
     with va.patch(model, Disc(2)):
         expected = [FLUX.run(model, *grid) for grid in ((5, 7), (4, 6))]
-    compiled = torch.compile(model, backend="eager")
-    with va.patch(compiled, Disc(2)) as patch:
+    patch = va.patch(model, Disc(2))
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    for grid, output in zip(((5, 7), (4, 6)), expected, strict=True):
+        torch.testing.assert_close(FLUX.run(compiled, *grid), output, atol=1e-5, rtol=1e-5)
+    patch.remove()
+    with va.patch(compiled, Disc(2)) as patch:  # the wrapper may be patched as well
         assert patch.routed[0].name == "transformer_blocks.0.attn"
-        for grid, output in zip(((5, 7), (4, 6)), expected, strict=True):
-            torch.testing.assert_close(FLUX.run(compiled, *grid), output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(FLUX.run(compiled, 4, 6), expected[1], atol=1e-5, rtol=1e-5)
     assert not compiled._forward_pre_hooks
+    assert not model._forward_pre_hooks
 
 
-def test_position_ids_with_a_given_grid_compile_whole():
+def test_position_ids_inside_a_larger_graph_need_a_grid():
     model = FLUX.model(num_single_layers=1)
     with va.patch(model, Disc(2)):
         expected = FLUX.run(model)
-    va.patch(model, Disc(2), grid=(5, 7))
-    output = FLUX.run(torch.compile(model, fullgraph=True, backend="eager"))
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    graph = torch.compile(lambda **inputs: model(**inputs).sample, fullgraph=True, backend="eager")
+    with (
+        va.patch(model, Disc(2)),
+        torch.no_grad(),
+        pytest.raises(Exception, match=r"(?s)pass grid=\(Y, X\) to va.patch"),
+    ):
+        graph(**FLUX.inputs(5, 7))
+    with va.patch(model, Disc(2), grid=(5, 7)), torch.no_grad():
+        torch.testing.assert_close(graph(**FLUX.inputs(5, 7)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_learned_parameters_compile():
@@ -95,8 +106,18 @@ def test_learned_parameters_compile():
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_steps_cannot_be_followed_inside_a_compiled_model():
-    model = SD3.model()
-    va.patch(model, Disc(2), steps={0})
-    with pytest.raises(Exception, match=r"(?s)compile its blocks with compile_repeated_blocks\(\)"):
-        SD3.run(torch.compile(model, fullgraph=True, backend="eager"))
+def test_steps_of_a_compiled_model():
+    model = SD3.model(num_layers=1)
+    inputs = SD3.inputs(5, 7)
+    later = {**inputs, "timestep": inputs["timestep"] - 100}
+    with torch.no_grad():
+        dense = [model(**call).sample for call in (inputs, later)]
+        patch = va.patch(model, Disc(2), steps={1})
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        first, second = (compiled(**call).sample for call in (inputs, later))
+        torch.testing.assert_close(first, dense[0], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(second, dense[1], atol=1e-4)
+        graph = torch.compile(lambda **call: model(**call).sample, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match=r"(?s)steps= must be followed outside of compiled code"):
+            graph(**inputs)
+    patch.remove()

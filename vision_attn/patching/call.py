@@ -12,7 +12,6 @@ The decision, in order:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -176,7 +175,7 @@ def _honourable_mask(operator: Any, attn_mask: Any) -> torch.Tensor | None:
     if not isinstance(attn_mask, torch.Tensor):
         raise UnsupportedError(f"attn_mask of type {type(attn_mask).__name__}")
     attn_mask = _unexpanded(attn_mask)
-    if accepts_mask(type(operator)):  # type: ignore[arg-type]
+    if accepts_mask(type(operator)):
         return attn_mask
     if not torch.compiler.is_compiling() and hides_nothing(attn_mask):
         return None
@@ -191,7 +190,6 @@ def _unexpanded(attn_mask: torch.Tensor) -> torch.Tensor:
     return attn_mask
 
 
-@functools.cache
 def accepts_mask(operator_class: Any) -> bool:
     """Whether the operator's `__call__` names `attn_mask`."""
     return "attn_mask" in inspect.signature(operator_class.__call__).parameters

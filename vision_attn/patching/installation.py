@@ -34,11 +34,33 @@ class Entry:
 
 
 class _Hook:
-    """A hook that a pickle stores as one that does nothing: a saved model must load without this package."""
+    """A hook on a module.
 
-    def __call__(self, *args: Any) -> None:
-        """Called by torch."""
+    A pickle stores it as one that does nothing: a saved model must load without this package.
+
+    torch.compile calls the hooks of the module it is given outside of the graph, where reading tensor values (position
+    ids, timesteps) and Python lists is free. There the hook's frame is kept from being compiled, and its work with it.
+    Hooks of submodules, and those of `module.compile()`, are traced into the graph: `traced` is what they do there.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+        """Called by torch, with the keyword arguments or the output as the last argument."""
+        if torch.compiler.is_compiling():
+            self.traced(module, args, last)
+        else:
+            self.untraced(module, args, last)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+        """The work of the hook."""
         raise NotImplementedError
+
+    def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+        """The work of the hook inside a graph."""
+
+    @torch.compiler.disable
+    def untraced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+        """The work of the hook outside of graphs."""
+        self.run(module, args, last)
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -48,6 +70,12 @@ class _Hook:
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+
+with contextlib.suppress(ImportError):  # not public: without it, models with position ids compile by their blocks only
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(_Hook.__call__.__code__)
 
 
 class ScopeHook(_Hook):
@@ -64,12 +92,16 @@ class ScopeHook(_Hook):
         self.cell = cell
         self.names, self.defaults = forward_arguments(module)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Write the layout of this call."""
         module = getattr(module, "_orig_mod", module)
         self.cell.layout = self.layout(module, bind(self.names, self.defaults, args, kwargs))
         if self.cell.layout is None:
             self.cell.reason = "the token layout of this call is not known"
+
+    def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+        """Write the layout inside a graph: possible where it comes from shapes."""
+        self.run(module, args, last)
 
 
 class BeforeForward(_Hook):
@@ -84,15 +116,16 @@ class BeforeForward(_Hook):
         self.installation = installation
         self.names, self.defaults = forward_arguments(module)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse what a graph cannot do."""
+        if self.installation.tracker is not None:
+            raise PatchError(
+                "patch: steps= must be followed outside of compiled code, got a model inside a graph: "
+                "compile the model itself or its blocks, or leave steps out"
+            )
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward."""
-        if torch.compiler.is_compiling():
-            if self.installation.tracker is not None:
-                raise PatchError(
-                    "patch: steps= must be followed outside of compiled code, got a compiled model: compile its blocks "
-                    "with compile_repeated_blocks() instead, or leave steps out"
-                )
-            return
         self.installation.check()
         self.installation.begin(bind(self.names, self.defaults, args, kwargs))
 
@@ -107,10 +140,9 @@ class AfterForward(_Hook):
     def __init__(self, installation: Installation) -> None:
         self.installation = installation
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def run(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward."""
-        if not torch.compiler.is_compiling():
-            self.installation.require_operator_calls()
+        self.installation.require_operator_calls()
 
 
 def forward_arguments(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:

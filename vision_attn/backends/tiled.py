@@ -27,7 +27,7 @@ from vision_attn.backends.tiles import plan, query_order
 from vision_attn.kernels.reach import Ball, Box, Reach
 
 # Gathered keys and values of one batch of tiles, in bytes: large enough that few batches start threads, small enough to
-# stay in a last-level cache and in one buffer (gathering 58 MB at once took 45 ms, page faults included; in parts 10 ms).
+# stay in a last-level cache and one buffer (gathering 58 MB at once took 45 ms, page faults included; in parts 10 ms).
 CHUNK_BYTES = 2**24
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from zoo_case import UPSTREAM_WARNINGS, randn
 
 import vision_attn as va
+from vision_attn.patching import ltx2_decoder
 
 # FlexAttention without torch.compile is slow and says so; it is the oracle here.
 pytestmark = [*UPSTREAM_WARNINGS, pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")]
@@ -154,6 +155,21 @@ def test_own_windows_are_for_this_decoder_only() -> None:
     model = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
     with pytest.raises(ValueError, match=r"op must be an operator such as .*, got None"):
         va.patch(model)
+
+
+def test_verify_compares_own_windows_with_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder()
+    report = va.verify(model, inputs={"z": randn(2, 8, 3, 4, 5)})
+    assert [check.name for check in report.checks if check.passed] == [
+        "finite output",
+        "own windows are stock",
+        "attention calls",
+        "a window of one token is not stock",
+        "removal gives the output back",
+    ]
+    monkeypatch.setattr(ltx2_decoder, "Neighborhood", lambda kernel_size: va.Neighborhood(kernel_size=2))
+    with pytest.raises(va.PatchError, match=r"own windows are stock +FAILED"):
+        va.verify(model, inputs={"z": randn(2, 8, 3, 4, 5)})
 
 
 def test_no_block_mask_is_ever_built(monkeypatch: pytest.MonkeyPatch) -> None:

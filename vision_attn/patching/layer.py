@@ -89,8 +89,8 @@ class Layer:
             if torch.compiler.is_compiling():
                 if self.strict:
                     raise PatchError(
-                        f"patch: {self.name!r} must be called with the tokens of its layout, {reason}: check grid=, "
-                        "leave the layer out with layers=, or pass strict=False"
+                        f"patch: {self.name!r} must be called with the tokens of its layout, {reason}: check grid= "
+                        "(with reference images: a TokenLayout), or pass strict=False"
                     )
                 return
             self.unmatched = reason

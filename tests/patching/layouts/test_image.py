@@ -111,34 +111,48 @@ def test_legacy_transformer_of_patches_and_of_codebook_indices() -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "flux",
-        "flux_kontext",
-        "flux2_reference",
-        "flux3",
-        "flux3_reference",
-        "chroma",
-        "longcat_image",
-        "krea2",
-        "ideogram4",
-        "flux_controlnet",
-        "flux_controlnet_union",
-    ],
+    "name", ["flux", "flux3", "flux3_reference", "chroma", "krea2", "flux_controlnet", "flux_controlnet_union"]
 )
 def test_a_given_grid_makes_the_layout_that_is_read_otherwise(name: str) -> None:
     case = CASES[name]
     model = case.build()
-    family = family_of(model)
-    call = bound_arguments(model, (), case.inputs(*case.grid))
+    family, call = family_of(model), bound_arguments(model, (), case.inputs(*case.grid))
     assert family.layout_of_grid is not None
     assert family.layout_of_grid(model, call, case.grid) == family.layout(model, call)
 
 
-def test_a_given_grid_with_references_in_a_whole_graph() -> None:
-    case = CASES["flux_kontext"]
+def in_one_graph(name: str, grid: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a patched model gives inside a compiled function with a given grid, and without compiling."""
+    case = CASES[name]
     model, inputs = case.build(), case.inputs(*case.grid)
-    with va.patch(model, va.Clear(radius=2), grid=case.grid), torch.no_grad():
-        expected = model(**inputs).sample
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(**inputs).sample, expected)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        with va.patch(model, va.Clear(radius=2)):
+            expected = model(**inputs).sample
+        with va.patch(model, va.Clear(radius=2), grid=grid):
+            step = torch.compile(lambda: model(**inputs).sample, backend="eager", fullgraph=True)
+            return step(), expected
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("flux", (5, 7)),
+        ("krea2", (5, 7)),
+        ("flux_kontext", TokenLayout((5, 7), text_before=5, text_after=12)),
+    ],
+)
+def test_a_given_grid_compiles_whole(name: str, grid: Any) -> None:
+    actual, expected = in_one_graph(name, grid)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("name", "grid"), [("flux", (5, 5)), ("flux", (6, 7)), ("flux_kontext", (5, 7))])
+def test_a_wrong_grid_in_one_graph_is_an_error(name: str, grid: Any) -> None:
+    with pytest.raises(Exception, match=r"must be called with the tokens of its layout, got .* check grid="):
+        in_one_graph(name, grid)
+
+
+def test_position_ids_in_one_graph_are_an_error_with_the_way_out() -> None:
+    with pytest.raises(Exception, match=r"pass grid=\(Y, X\) to va.patch"):
+        in_one_graph("flux", None)

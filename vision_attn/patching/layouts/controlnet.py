@@ -12,10 +12,10 @@ from vision_attn.patching.layouts.image import (
     CROSS_ATTENTION,
     TEXT_ONLY,
     _flux,
-    _flux_of_grid,
     _image,
     _image_text,
     _qwen,
+    _text_grid,
     _z_image,
 )
 
@@ -27,7 +27,7 @@ def _flux_controlnet(model: Any, call: Mapping[str, Any]) -> TokenLayout | None:
 
 
 def _flux_controlnet_of_grid(model: Any, call: Mapping[str, Any], grid: tuple[int, ...]) -> TokenLayout:
-    return _behind_mode(model, _flux_of_grid(model, call, grid))
+    return _behind_mode(model, _text_grid(model, call, grid))
 
 
 def _behind_mode(model: Any, layout: TokenLayout) -> TokenLayout:

@@ -69,13 +69,15 @@ def _flux(model: Any, call: Call) -> TokenLayout | None:
     """T|I|R; references differ from the target in the first column of `img_ids`."""
     if call.get("kv_cache_mode") is not None:
         return None  # FLUX.2 with cached references attends in several calls of its own
-    _, grid = read_target(call["img_ids"])
-    return None if grid is None else _flux_of_grid(model, call, grid)
+    target, grid = read_target(call["img_ids"])
+    if grid is None:
+        return None
+    return TokenLayout(grid, text_before=_text_tokens(call), text_after=call["hidden_states"].shape[1] - target)
 
 
-def _flux_of_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
-    references = call["hidden_states"].shape[1] - math.prod(grid)
-    return TokenLayout(grid, text_before=_text_tokens(call), text_after=references)
+def _text_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
+    """T|I. References cannot be told from a target of another size than the user says, and are not guessed."""
+    return TokenLayout(grid, text_before=_text_tokens(call))
 
 
 def _flux3(model: Any, call: Call) -> TokenLayout | None:
@@ -221,19 +223,10 @@ def _ideogram4(model: Any, call: Call) -> TokenLayout | None:
     return None if grid is None else TokenLayout(grid, text_before=before, text_after=after)
 
 
-def _ideogram4_of_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
-    """Pipelines put the image last."""
-    return TokenLayout(grid, text_before=call["hidden_states"].shape[1] - math.prod(grid))
-
-
 def _krea2(model: Any, call: Call) -> TokenLayout | None:
     """T|I."""
     grid = read_grid(call["position_ids"], start=_text_tokens(call))
-    return None if grid is None else _krea2_of_grid(model, call, grid)
-
-
-def _krea2_of_grid(model: Any, call: Call, grid: tuple[int, ...]) -> TokenLayout:
-    return TokenLayout(grid, text_before=_text_tokens(call))
+    return None if grid is None else _text_grid(model, call, grid)
 
 
 def _fibo2(model: Any, call: Call) -> TokenLayout:
@@ -300,7 +293,7 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
             "OvisImageTransformer2DModel",
         ),
         _flux,
-        layout_of_grid=_flux_of_grid,
+        layout_of_grid=_text_grid,
     ),
     Family(
         "flux3",
@@ -359,12 +352,12 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         skip=(("context_embedder.*", TEXT_ONLY),),
     ),
     Family("ernie_image", ("ErnieImageTransformer2DModel",), _ernie),
-    Family("ideogram4", ("Ideogram4Transformer2DModel",), _ideogram4, layout_of_grid=_ideogram4_of_grid),
+    Family("ideogram4", ("Ideogram4Transformer2DModel",), _ideogram4),
     Family(
         "krea2",
         ("Krea2Transformer2DModel",),
         _krea2,
-        layout_of_grid=_krea2_of_grid,
+        layout_of_grid=_text_grid,
         skip=(("text_fusion.*", TEXT_ONLY),),
     ),
     Family(

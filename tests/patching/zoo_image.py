@@ -381,6 +381,11 @@ def z_image_inputs(rows: int, columns: int) -> Inputs:
     }
 
 
+def z_image_ragged_inputs(rows: int, columns: int) -> Inputs:
+    """Prompts that are padded to different lengths, as with classifier-free guidance."""
+    return z_image_inputs(rows, columns) | {"cap_feats": [randn(TEXT, WIDTH, seed=1), randn(40, WIDTH, seed=2)]}
+
+
 def z_image_touch_image(inputs: Inputs, token: tuple[int, ...]) -> None:
     for image in inputs["x"]:
         image[:, 0, 2 * token[0], 2 * token[1]] += change(4)
@@ -548,6 +553,13 @@ ZOO_IMAGE: tuple[Case, ...] = (
     case("hidream_square", hidream, hidream_inputs, text_key="encoder_hidden_states_t5", grid=(6, 6)),
     case("omnigen", omnigen, omnigen_inputs, touch_text=omnigen_touch_text),
     case("z_image", z_image, z_image_inputs, touch_image=z_image_touch_image, touch_text=z_image_touch_text),
+    case(
+        "z_image_ragged",
+        z_image,
+        z_image_ragged_inputs,
+        touch_image=z_image_touch_image,
+        touch_text=z_image_touch_text,
+    ),
     case("hunyuan_image", hunyuan_image, hunyuan_image_inputs, 1, text_mixes=True),
     case("ernie_image", ernie, ernie_inputs, 1, text_key="text_bth"),
     case("joy_image_edit", joy, joy_inputs, touch_image=joy_touch_image),

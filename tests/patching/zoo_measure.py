@@ -58,6 +58,8 @@ class Recorder:
         name = self.running[-1]
         scope = max((scope for scope in self.layouts if encloses(scope, name)), key=len, default=None)
         layout = None if scope is None else self.layouts[scope]
+        if self.family.skip_reason(name) is not None:
+            layout = None
         if layout is not None:
             layout = self.family.layout_for(name, layout, key.shape[1])
         self.calls.append(AttentionCall(name, query.detach().clone(), key.detach().clone(), layout))

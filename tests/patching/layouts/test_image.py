@@ -73,8 +73,6 @@ def test_z_image_with_several_images_or_sizes_has_no_layout() -> None:
     images = CASES["z_image"].inputs(5, 7)["x"]
     assert layout_of("z_image", {"x": [images, images]}) is None
     assert layout_of("z_image", {"x": [images[0], images[1][..., :-2]]}) is None
-    prompts = CASES["z_image"].inputs(5, 7)["cap_feats"]
-    assert layout_of("z_image", {"cap_feats": [prompts[0], prompts[1][:-1]]}) is None
 
 
 def test_packed_hidream_images_have_the_sizes_they_are_given() -> None:

@@ -164,30 +164,22 @@ def _omnigen(model: Any, call: Call) -> TokenLayout:
     return TokenLayout(_latent_grid(model, call), text_before=1 + (0 if prompt is None else prompt.shape[1]))
 
 
-def _padding(tokens: int, multiple: int) -> int:
-    return -tokens % multiple
-
-
-# ZImageTransformer2DModel.SEQ_MULTI_OF: image and text are each padded to a multiple of it.
-_Z_IMAGE_MULTIPLE = 32
+def _padded(tokens: int) -> int:
+    """Z-Image pads its image and its text to multiples of 32 tokens (`SEQ_MULTI_OF` there)."""
+    return -(-tokens // 32) * 32
 
 
 def _z_image(model: Any, call: Call) -> TokenLayout | None:
-    """I|pads|T|pads; the omni mode mixes several images."""
-    images, prompts = call["x"], call["cap_feats"]
-    if isinstance(images[0], list):
-        return None
-    same = all(image.shape == images[0].shape for image in images) and all(
-        len(text) == len(prompts[0]) for text in prompts
-    )
-    if not same:
+    """I|pads|T|pads, the longest prompt of a batch deciding; the omni mode mixes several images."""
+    images = call["x"]
+    if isinstance(images[0], list) or any(image.shape != images[0].shape for image in images):
         return None
     frames, rows, columns = images[0].shape[1:]
     patch, frame_patch = call["patch_size"], call["f_patch_size"]
     grid = (frames // frame_patch, rows // patch, columns // patch)
-    text = len(prompts[0])
-    pads = _padding(math.prod(grid), _Z_IMAGE_MULTIPLE) + _padding(text, _Z_IMAGE_MULTIPLE)
-    return TokenLayout(_spatial(grid), text_after=pads + text)
+    image = math.prod(grid)
+    text = max(_padded(len(prompt)) for prompt in call["cap_feats"])
+    return TokenLayout(_spatial(grid), text_after=_padded(image) - image + text)
 
 
 def _hunyuan_image(model: Any, call: Call) -> TokenLayout:

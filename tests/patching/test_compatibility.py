@@ -74,6 +74,20 @@ def test_gradient_checkpointing(tiny: Tiny):
         torch.testing.assert_close(checkpointed[name], grad, atol=1e-6, rtol=1e-5)
 
 
+def test_checkpoints_of_an_earlier_size_are_refused():
+    """Recomputation would use the layout of the last forward."""
+    model = SD3.model()
+    model.train()
+    model.enable_gradient_checkpointing()
+    with va.patch(model, va.Clear(radius=2)):
+        losses = [model(**SD3.inputs(*grid)).sample.square().mean() for grid in ((5, 7), (4, 6))]
+        losses[1].backward()
+        with pytest.raises(
+            va.PatchError, match=r"recomputed with the tokens of its forward, got 40 query and 40 key tokens"
+        ):
+            losses[0].backward()
+
+
 @pytest.mark.parametrize("tiny", [FLUX, WAN], ids=lambda tiny: tiny.name)
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_group_offload(tiny: Tiny, patch_first: bool):

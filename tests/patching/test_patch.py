@@ -62,6 +62,7 @@ def test_report_names_what_is_routed_and_why_the_rest_is_not():
     WAN.run(model)
     assert patch.calls["blocks.0.attn1"][0].layout == va.TokenLayout((3, 4, 5))
     assert [call.kind for call in patch.calls["blocks.0.attn1"]] == ["operator"]
+    assert repr(patch) == "<Patch: 2 layers routed, 2 skipped>"
     text = str(patch)
     assert re.search(r"blocks\.0\.attn1 +clear\(radius=2\) +operator", text)
     assert re.search(r"blocks\.1\.attn2 +- +cross-attention", text)

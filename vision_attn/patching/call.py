@@ -69,7 +69,13 @@ def attend(
         return dense()
     layout, problem = match(layer, query.shape[1], key.shape[1])
     if layout is None:
-        layer.note_unmatched(problem, self_attention=query.shape[1] == key.shape[1])
+        self_attention = query.shape[1] == key.shape[1]
+        if self_attention and _in_backward():
+            raise PatchError(
+                f"patch: {layer.name!r} must be recomputed with the tokens of its forward, {problem}: with gradient "
+                "checkpointing, call backward before the next forward"
+            )
+        layer.note_unmatched(problem, self_attention)
         return dense()
     problem = _obstacle(dropout_p, is_causal, unknown)
     if not problem:
@@ -90,6 +96,11 @@ def attend(
 
 
 _FIX = "leave the layer out with layers=, or pass strict=False to compute such calls densely (Patch.calls lists them)"
+
+
+def _in_backward() -> bool:
+    """Whether gradient checkpointing is running the layer again; the layout is then that of the last forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _scores_are_skipped() -> bool:

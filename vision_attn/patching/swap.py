@@ -117,6 +117,9 @@ class Patch:
     ) -> None:
         self.remove()
 
+    def __repr__(self) -> str:
+        return f"<Patch: {len(self.routed)} layers routed, {len(self.skipped)} skipped>"
+
     def __str__(self) -> str:
         calls = self.calls
         rows: list[tuple[str, ...]] = [
@@ -139,7 +142,9 @@ def patch(
     """Swap the spatial self- and joint attention of a diffusers pipeline or model for an operator.
 
     Each attention keeps its projections, norms and positions; only the attention call itself goes to `op`. Weights,
-    LoRA, offloading, gradient checkpointing and saving work as on the stock model.
+    LoRA, offloading, gradient checkpointing and saving work as on the stock model; so does `torch.compile`, with one
+    graph per token grid (give it `dynamic=False`). IP-Adapters, fused projections and other new processors are routed
+    again at the next forward.
 
     Args:
         target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder.

@@ -194,6 +194,41 @@ def test_flux_ip_adapter_before_and_after_the_patch():
     assert list(after.state_dict()) == keys
 
 
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_flux_ip_adapter_with_trainable_parameters(patch_first: bool):
+    model, plain = FLUX.model(), FLUX.model()
+    plain._load_ip_adapter_weights([flux_ip_adapter()])
+    keys = list(plain.state_dict())
+    if not patch_first:
+        model._load_ip_adapter_weights([flux_ip_adapter()])
+    patch = va.patch(model, va.Clear(radius=2, down_factor=2), trainable=True)
+    if patch_first:
+        model._load_ip_adapter_weights([flux_ip_adapter()])
+    run_with_image(model)
+    assert kinds(patch) == {"operator", "dense"}  # the second call of the double block is the image prompt's
+    assert set(model.state_dict()) == {*keys, *patch.state_dict()}
+    assert {id(p) for p in patch.parameters()} <= {id(p) for p in model.parameters()}
+    patch.remove()
+    assert list(model.state_dict()) == keys
+    assert torch.equal(run_with_image(model), run_with_image(plain))
+
+
+@pytest.mark.parametrize("tiny", [SD3, UNET], ids=lambda tiny: tiny.name)
+def test_old_style_fusing_keeps_trainable_parameters(tiny):
+    model = tiny.model()
+    keys = list(model.state_dict())
+    patch = va.patch(model, va.Clear(radius=2, down_factor=2), trainable=True)
+    local = tiny.run(model)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(tiny.run(model), local, atol=1e-5, rtol=1e-5)
+    assert set(patch.state_dict()) <= set(model.state_dict())
+    model.unfuse_qkv_projections()
+    torch.testing.assert_close(tiny.run(model), local, atol=1e-5, rtol=1e-5)
+    patch.remove()
+    assert [name for name in model.state_dict() if "spatial_weight" in name] == []
+    assert set(keys) <= set(model.state_dict())
+
+
 def test_ip_adapter_scale_reaches_the_routed_processor_and_survives_it():
     model = FLUX.model()
     model._load_ip_adapter_weights([flux_ip_adapter()])

@@ -3,10 +3,22 @@
 import pytest
 import torch
 from tiny_models import FLUX, SD3, TINY, UNET, Tiny
+from zoo_case import UPSTREAM_WARNINGS
+from zoo_image import ZOO_IMAGE
+from zoo_unet import ZOO_UNET
+from zoo_video import ZOO_VIDEO
 
 import vision_attn as va
 from vision_attn.patching import diffusers as adapters
+from vision_attn.patching.dry_inputs import RECIPES
 from vision_attn.patching.layouts import Family
+
+pytestmark = UPSTREAM_WARNINGS
+
+ZOO_OF_RECIPES = {
+    *("flux", "chroma", "longcat_image", "ovis_image", "flux2", "sd3", "auraflow", "pixart", "dit", "qwen_image"),
+    *("wan", "cogvideox", "ltx", "sd15", "sdxl", "ddpm"),
+}
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
@@ -35,6 +47,20 @@ def test_models_pass(tiny: Tiny):
     assert applies["a pixel moves its token"] is (None if tiny.name in ("unet", "sdxl") else True)
     assert "ok" in str(report)
     assert "FAILED" not in str(report)
+
+
+KNOWN = [case for case in (*ZOO_IMAGE, *ZOO_VIDEO, *ZOO_UNET) if case.name in ZOO_OF_RECIPES]
+
+
+def test_every_recipe_has_its_model():
+    assert {type(case.build()).__name__ for case in KNOWN} == set(RECIPES)
+
+
+@pytest.mark.parametrize("case", KNOWN, ids=lambda case: case.name)
+def test_models_whose_inputs_are_made_up(case):
+    report = va.verify(case.build())
+    assert report.passed
+    assert len(report.checks) == 9
 
 
 def test_inputs_of_the_caller_are_used():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -210,7 +211,9 @@ def dry_inputs(model: nn.Module) -> Inputs:
     """
     for cls in type(model).__mro__:
         if cls.__name__ in RECIPES:
-            return RECIPES[cls.__name__](_Maker(model))
+            made = RECIPES[cls.__name__](_Maker(model))
+            accepted = inspect.signature(type(model).forward).parameters
+            return {name: value for name, value in made.items() if name in accepted}
     raise ValueError(
         f"verify: inputs must be given for {type(model).__name__}, got None: pass inputs= with the arguments of its "
         "forward, or verify the pipeline it belongs to"

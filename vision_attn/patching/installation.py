@@ -303,6 +303,7 @@ class Installation:
                 place(entry.module, entry.layer.original)
             elif is_routed(current) and (current.layer is None or not current.layer.installed):
                 place(entry.module, stock_of(current, entry.layer.original))
+            entry.layer.release_parameters()
         self._restore_remembered()
         for module, hook in self._hooks:
             _unregister(module, hook)

@@ -66,6 +66,13 @@ class Layer:
                 twin.register_parameter(name, parameter)
         return twin
 
+    def release_parameters(self) -> None:
+        """Take registered parameters out of an original that holds parameters itself (IP-Adapter) and shares them."""
+        held = self.original._parameters if isinstance(self.original, nn.Module) else {}
+        for name, parameter in self.parameters.items():
+            if held.get(name) is parameter:
+                del held[name]
+
     def learned(self, query: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """The learned parameters, on the device of the call."""
         return {name: parameter.to(query.device) for name, parameter in self.parameters.items()}

@@ -264,6 +264,8 @@ def _sdpa(operator: Any, running: Any) -> Callable[..., torch.Tensor]:
 def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
     # diffusers makes processors again with `value.__class__()`: such an instance has no layer until the next forward.
     instance: Any = object.__new__(cls)
+    if issubclass(cls, nn.Module):
+        nn.Module.__init__(instance)  # the stock class does not, when it is no module itself
     object.__setattr__(instance, "layer", None)
     object.__setattr__(instance, "original", None)
     return instance

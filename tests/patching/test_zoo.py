@@ -171,7 +171,9 @@ def seen_by_neighborhood(query: tuple[int, ...], key: tuple[int, ...], grid: tup
 
 @every_case
 @pytest.mark.parametrize(
-    ("operator", "seen"), [(va.Neighborhood(3), seen_by_neighborhood), (va.Clear(2), seen_by_clear)], ids=str
+    ("operator", "seen"),
+    [(va.Neighborhood(3), seen_by_neighborhood), (va.Clear(2), seen_by_clear)],
+    ids=["neighborhood", "clear"],
 )
 def test_only_queries_near_a_touched_token_change(case: Case, operator: Any, seen: Callable[..., bool]) -> None:
     before = spied(case, operator, case.inputs(*case.grid))[0]

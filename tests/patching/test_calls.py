@@ -286,6 +286,20 @@ def test_a_forward_without_operator_call_is_an_error():
         call(Toy(SdpaProcessor()), Disc(2), q, k, v)
 
 
+class ThreeDimensionalProcessor:
+    def __call__(self, attn, query, key, value):
+        return F.scaled_dot_product_attention(*(tensor[:, :, 0] for tensor in (query, key, value)))[:, :, None]
+
+
+def test_attention_without_heads_is_dense_and_listed():
+    q, k, v = tensors()
+    with pytest.raises(va.PatchError, match="got none in 1 layers; 'attn': query has 3 dimensions, not 4"):
+        call(Toy(ThreeDimensionalProcessor()), Disc(2), q, k, v)
+    output, calls = call(Toy(ThreeDimensionalProcessor()), Disc(2), q, k, v, strict=False)
+    close(output, oracle(q[:, :, :1], k[:, :, :1], v[:, :, :1], torch.ones(21, 21, dtype=torch.bool)))
+    assert calls[0].kind == "dense"
+
+
 def test_attention_in_other_code_is_listed_as_skipped():
     model = Toy(HandmadeProcessor())
     model.second = Attention(SdpaProcessor())

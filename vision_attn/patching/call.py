@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,40 +22,45 @@ from vision_attn.errors import PatchError, UnsupportedError
 from vision_attn.layout import TokenLayout
 
 
-def attend(
-    operator: Any,
-    layer: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    unknown: Sequence[str],
-    parallel_config: Any,
-    dense: Callable[[], torch.Tensor],
-) -> torch.Tensor:
+class Attention(NamedTuple):
+    """The arguments of one attention call, bound by name.
+
+    Attributes:
+        query: `[B, S_q, Hq, D]`.
+        key: `[B, S_k, Hk, D]`.
+        value: `[B, S_k, Hk, Dv]`.
+        attn_mask: SDPA-style mask, a BlockMask, or `None`.
+        dropout_p: Dropout probability.
+        is_causal: Whether the call is causal.
+        scale: Factor on the scores, `None` = `1/sqrt(D)`.
+        unknown: Names of further arguments that are set.
+        parallel_config: Not `None` under context parallelism.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: Any
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    unknown: Sequence[str] = ()
+    parallel_config: Any = None
+
+
+def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Compute one attention call of `layer` by `operator` or by `dense()`.
 
     Args:
         operator: The operator object of the layer.
         layer: The `Layer` that is running.
-        query: `[B, S_q, Hq, D]`.
-        key: `[B, S_k, Hk, D]`.
-        value: `[B, S_k, Hk, Dv]`.
-        attn_mask: SDPA-style mask, a BlockMask, or `None`.
-        dropout_p: Dropout probability of the call.
-        is_causal: Whether the call is causal.
-        scale: Factor on the scores, `None` = `1/sqrt(D)`.
-        unknown: Names of further arguments that are set.
-        parallel_config: Not `None` under context parallelism.
+        call: Its arguments.
         dense: The call upstream would have made, `[B, S_q, Hq, Dv]`.
 
     Raises:
         PatchError: Context parallelism; with `layer.strict`, a call that should go to the operator and cannot.
     """
-    if parallel_config is not None:
+    if call.parallel_config is not None:
         raise PatchError(
             f"patch: context parallelism must be off for a patched layer, got parallel_config on {layer.name!r}: "
             "remove the patch, or run without enable_parallelism()"
@@ -67,9 +72,10 @@ def attend(
         layer.note("dense", "a guider skips the attention scores", None)
         layer.served = True
         return dense()
-    layout, problem = match(layer, query.shape[1], key.shape[1])
+    queries, keys = call.query.shape[1], call.key.shape[1]
+    layout, problem = match(layer, queries, keys)
     if layout is None:
-        self_attention = query.shape[1] == key.shape[1]
+        self_attention = queries == keys
         if self_attention and _in_backward():
             raise PatchError(
                 f"patch: {layer.name!r} must be recomputed with the tokens of its forward, {problem}: with gradient "
@@ -77,13 +83,13 @@ def attend(
             )
         layer.note_unmatched(problem, self_attention)
         return dense()
-    problem = _obstacle(dropout_p, is_causal, unknown)
+    problem = _obstacle(call)
     if not problem:
         if _is_dense(operator):
             layer.note("operator", "", layout)
             return dense()
         try:
-            output = _operate(operator, layer, layout, query, key, value, attn_mask, scale)
+            output = _operate(operator, layer, layout, call)
         except UnsupportedError as error:
             problem = str(error)
         else:
@@ -140,13 +146,14 @@ def _opened(layout: TokenLayout, before: bool, keys: int) -> TokenLayout:
     return dataclasses.replace(layout, text_after=rest) if rest >= 0 else layout
 
 
-def _obstacle(dropout_p: float, is_causal: bool, unknown: Sequence[str]) -> str:
-    if is_causal:
+def _obstacle(call: Attention) -> str:
+    """What no operator can honour; empty when there is nothing."""
+    if call.is_causal:
         return "is_causal=True"
-    if dropout_p:
-        return f"dropout_p={dropout_p}"
-    if unknown:
-        return f"argument {unknown[0]!r} is not known to operators"
+    if call.dropout_p:
+        return f"dropout_p={call.dropout_p}"
+    if call.unknown:
+        return f"argument {call.unknown[0]!r} is not known to operators"
     return ""
 
 
@@ -155,17 +162,9 @@ def _is_dense(operator: Any) -> bool:
     return getattr(operator, "operator_name", None) == "dense"
 
 
-def _operate(
-    operator: Any,
-    layer: Any,
-    layout: TokenLayout,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: Any,
-    scale: float | None,
-) -> torch.Tensor:
+def _operate(operator: Any, layer: Any, layout: TokenLayout, call: Attention) -> torch.Tensor:
     """Call the operator on tensors that all have the layout's tokens and the query's heads."""
+    query, key, value, attn_mask = call.query, call.key, call.value, call.attn_mask
     image_queries = query.shape[1] != layout.tokens
     options: dict[str, Any] = dict(layer.learned(query))
     if attn_mask is not None:
@@ -177,7 +176,7 @@ def _operate(
     if key.shape[2] != query.shape[2]:
         groups = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
-    output = operator(query, key, value, layout, scale=scale, **options)
+    output = operator(query, key, value, layout, scale=call.scale, **options)
     return output[:, layout.image_slice] if image_queries else output
 
 

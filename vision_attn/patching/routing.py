@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vision_attn.patching.call import attend
+from vision_attn.patching.call import Attention, attend
 
 Processor = Any
 """An instance of a diffusers attention processor class."""
@@ -206,28 +206,15 @@ def _dispatch(stock: Callable[..., torch.Tensor], operator: Any, running: Any) -
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, **others
             )
 
-        if attn_mask is not None and getattr(attn_mask, "ndim", 0) == 2:
-            attn_mask_4d = attn_mask[:, None, None, :]  # [B, S_k] in dispatch_attention_fn, [S_q, S_k] in SDPA
-        else:
-            attn_mask_4d = attn_mask
-        parallel = others.get("parallel_config")
+        mask = attn_mask
+        if isinstance(mask, torch.Tensor) and mask.shape == (query.shape[0], key.shape[1]):
+            mask = mask[:, None, None, :]  # per sample in dispatch_attention_fn, while SDPA takes it for [S_q, S_k]
         unknown = [name for name in others if name not in ("backend", "parallel_config")]
         if attention_kwargs:
             unknown.append("attention_kwargs")
-        return attend(
-            operator,
-            running.layer,
-            query,
-            key,
-            value,
-            attn_mask_4d,
-            dropout_p,
-            is_causal,
-            scale,
-            unknown,
-            parallel,
-            dense,
-        )
+        parallel = others.get("parallel_config")
+        call = Attention(query, key, value, mask, dropout_p, is_causal, scale, unknown, parallel)
+        return attend(operator, running.layer, call, dense)
 
     return dispatch_attention_fn
 
@@ -252,11 +239,12 @@ def _sdpa(operator: Any, running: Any) -> Callable[..., torch.Tensor]:
             )
             return output.transpose(1, 2) if output.ndim == 4 else output
 
-        if query.ndim != 4:  # no batch or no heads: nothing that a layout describes
+        if query.ndim != 4:
+            running.layer.note("dense", f"query has {query.ndim} dimensions, not 4", None)
             return dense()
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        output = attend(operator, running.layer, q, k, v, attn_mask, dropout_p, is_causal, scale, [], None, dense)
-        return output.transpose(1, 2)
+        call = Attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
+        return attend(operator, running.layer, call, dense).transpose(1, 2)
 
     return scaled_dot_product_attention
 

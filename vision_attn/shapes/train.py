@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
 # (rows, columns) of the token grid, and its share of the steps before and after `_MIXED_FROM` of the run.
 _GRIDS: tuple[tuple[tuple[int, int], float, float], ...] = (
-    ((12, 12), 0.76, 0.44),
-    ((12, 16), 0.06, 0.06),
-    ((16, 12), 0.06, 0.06),
-    ((16, 16), 0.07, 0.12),
-    ((16, 24), 0.01, 0.04),
-    ((24, 16), 0.01, 0.04),
-    ((24, 24), 0.03, 0.09),
-    ((32, 32), 0.00, 0.08),
-    ((48, 48), 0.00, 0.04),
+    ((12, 12), 0.76, 0.50),
+    ((12, 16), 0.06, 0.05),
+    ((16, 12), 0.06, 0.05),
+    ((16, 16), 0.07, 0.10),
+    ((16, 24), 0.01, 0.03),
+    ((24, 16), 0.01, 0.03),
+    ((24, 24), 0.03, 0.08),
+    ((32, 32), 0.00, 0.10),
+    ((48, 48), 0.00, 0.03),
     ((64, 64), 0.00, 0.03),
 )
-_MIXED_FROM = 0.7
+_MIXED_FROM = 0.8
 # Shares of the kinds of scene (one, two, relation, many) in the first `_SIMPLE_UNTIL` of the run and after it.
 _SIMPLE_KINDS = (0.45, 0.35, 0.15, 0.05)
-_ALL_KINDS = (0.30, 0.35, 0.22, 0.13)
+_ALL_KINDS = (0.20, 0.40, 0.28, 0.12)
 _SIMPLE_UNTIL = 0.15
 _DROPPED_CAPTIONS = 0.1
 _CHECKPOINT = "checkpoint.pt"

@@ -138,6 +138,25 @@ def test_disjoint_patches_nest_and_go_in_any_order(first: int):
     assert_stock(model, stock)
 
 
+def test_a_removed_patch_is_not_entered_again():
+    model = FLUX.model()
+    patch = va.patch(model, va.Dense())
+    patch.remove()
+    with pytest.raises(va.PatchError, match="entered before it is removed, got a removed one"):
+        patch.__enter__()
+
+
+def test_an_old_patch_leaves_a_new_one_alone():
+    model = FLUX.model()
+    old = va.patch(model, Disc(2))
+    va.unpatch(model)
+    with va.patch(model, Disc(2)) as new:
+        local = FLUX.run(model)
+        old.remove()
+        assert torch.equal(FLUX.run(model), local)
+        assert new.calls
+
+
 def test_unpatch_removes_all_patches():
     model = FLUX.model()
     stock = processors(model)

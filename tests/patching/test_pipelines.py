@@ -194,6 +194,24 @@ def test_a_copied_pipeline_has_its_own_steps(flux_pipe):
     assert torch.equal(draw(twin), dense)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_a_compiled_transformer_in_a_pipeline(flux_pipe, patch_first):
+    torch._dynamo.reset()
+    with va.patch(flux_pipe, LOCAL, steps={1, 2}):
+        expected = draw(flux_pipe)
+    stock = flux_pipe.transformer
+    if patch_first:
+        va.patch(flux_pipe, LOCAL, steps={1, 2})
+    flux_pipe.transformer = torch.compile(stock, fullgraph=True, dynamic=False, backend="eager")
+    if not patch_first:
+        va.patch(flux_pipe, LOCAL, steps={1, 2})
+    torch.testing.assert_close(draw(flux_pipe), expected, atol=1e-5, rtol=1e-5)
+    va.unpatch(flux_pipe)
+    assert not stock._forward_pre_hooks
+    assert not flux_pipe.transformer._forward_pre_hooks
+
+
 def test_saved_pipelines_are_stock(flux_pipe, tmp_path):
     dense = draw(flux_pipe)
     with va.patch(flux_pipe, LOCAL):

@@ -298,9 +298,9 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 def _copy_metadata(stock: type, routed: type) -> None:
     """Guiders that skip layers look processors up by exact class."""
-    from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+    with contextlib.suppress(ImportError, ValueError):  # another diffusers; stock is not registered either
+        from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
 
-    with contextlib.suppress(ValueError):  # not registered either
         Registry.register(routed, Registry.get(stock))
 
 

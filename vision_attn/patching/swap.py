@@ -29,6 +29,7 @@ class Patch:
 
     def __init__(self, installed: Iterable[Installation]) -> None:
         self._installations = list(installed)
+        self._removed = False
 
     @property
     def routed(self) -> list[Routed]:
@@ -106,10 +107,13 @@ class Patch:
 
     def remove(self) -> None:
         """Put the original attention back; calling it again does nothing."""
+        self._removed = True
         for installation in self._installations:
             installation.remove()
 
     def __enter__(self) -> Patch:
+        if self._removed:
+            raise PatchError("patch: a patch must be entered before it is removed, got a removed one: call patch again")
         return self
 
     def __exit__(
@@ -144,7 +148,8 @@ def patch(
     Each attention keeps its projections, norms and positions; only the attention call itself goes to `op`. Weights,
     LoRA, offloading, gradient checkpointing and saving work as on the stock model; so does `torch.compile`, with one
     graph per token grid (give it `dynamic=False`). IP-Adapters, fused projections and other new processors are routed
-    again at the next forward.
+    again at the next forward. With gradient checkpointing call `backward` before the next forward: recomputed layers
+    use the token grid of the last one.
 
     Args:
         target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder.

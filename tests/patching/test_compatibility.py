@@ -88,6 +88,21 @@ def test_checkpoints_of_an_earlier_size_are_refused():
             losses[0].backward()
 
 
+def test_checkpoints_of_another_grid_of_the_same_length_are_refused():
+    model = SD3.model()
+    model.train()
+    model.enable_gradient_checkpointing()
+    with va.patch(model, va.Clear(radius=2)):
+        for grid in ((4, 6), (6, 4), (4, 6)):  # each with its backward
+            model(**SD3.inputs(*grid)).sample.square().mean().backward()
+        model.eval()
+        SD3.run(model, 6, 4)
+        model.train()
+        losses = [model(**SD3.inputs(*grid)).sample.square().mean() for grid in ((4, 6), (6, 4))]
+        with pytest.raises(va.PatchError, match=r"got forwards of several grids before it, the last \(6, 4\)"):
+            sum(losses).backward()
+
+
 @pytest.mark.parametrize("tiny", [FLUX, WAN], ids=lambda tiny: tiny.name)
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_group_offload(tiny: Tiny, patch_first: bool):

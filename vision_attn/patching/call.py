@@ -65,6 +65,8 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
             f"patch: context parallelism must be off for a patched layer, got parallel_config on {layer.name!r}: "
             "remove the patch, or run without enable_parallelism()"
         )
+    if _in_backward():
+        _check_recomputation(layer)
     if not layer.switch.active:
         layer.note("dense", layer.switch.reason, None)
         return dense()
@@ -107,6 +109,16 @@ _FIX = "leave the layer out with layers=, or pass strict=False to compute such c
 def _in_backward() -> bool:
     """Whether gradient checkpointing is running the layer again; the layout is then that of the last forward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _check_recomputation(layer: Any) -> None:
+    layer.cell.awaits_backward = False
+    if layer.cell.ambiguous:
+        raise PatchError(
+            f"patch: {layer.name!r} must be recomputed with the token grid of its forward, got forwards of several "
+            f"grids before it, the last {layer.cell.layout.grid}: with gradient checkpointing, call backward before the next "
+            "forward"
+        )
 
 
 def _scores_are_skipped() -> bool:

@@ -20,12 +20,26 @@ class Cell:
         reason: Why there is no layout.
         open_before: As many tokens stand before the grid as each call has beyond the layout (a grid given by the user).
         open_after: The same behind the grid (`Family.open_end`).
+        awaits_backward: A forward with checkpoints has passed since layers were last recomputed.
+        ambiguous: Such forwards had different layouts of the same length, which recomputation could not tell apart.
     """
 
     layout: TokenLayout | None = None
     reason: str = "the model has not been called"
     open_before: bool = False
     open_after: bool = False
+    awaits_backward: bool = False
+    ambiguous: bool = False
+
+    def begin(self, layout: TokenLayout | None) -> None:
+        """Note the layout of a forward that may be recomputed."""
+        same_length = layout is not None and self.layout is not None and layout.tokens == self.layout.tokens
+        if not self.awaits_backward:
+            self.ambiguous = False
+        elif same_length and layout != self.layout:
+            self.ambiguous = True
+        self.awaits_backward = True
+        self.layout = layout
 
 
 @dataclass(eq=False)

@@ -95,7 +95,11 @@ class ScopeHook(_Hook):
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Write the layout of this call."""
         module = getattr(module, "_orig_mod", module)
-        self.cell.layout = self.layout(module, bind(self.names, self.defaults, args, kwargs))
+        layout = self.layout(module, bind(self.names, self.defaults, args, kwargs))
+        if module.training and getattr(module, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
+            self.cell.begin(layout)
+        else:
+            self.cell.layout = layout
         if self.cell.layout is None:
             self.cell.reason = "the token layout of this call is not known"
 

@@ -116,8 +116,8 @@ def _check_recomputation(layer: Any) -> None:
     if layer.cell.ambiguous:
         raise PatchError(
             f"patch: {layer.name!r} must be recomputed with the token grid of its forward, got forwards of several "
-            f"grids before it, the last {layer.cell.layout.grid}: with gradient checkpointing, call backward before the next "
-            "forward"
+            f"grids before it, the last {layer.cell.layout.grid}: with gradient checkpointing, call backward before "
+            "the next forward"
         )
 
 

@@ -13,7 +13,8 @@ from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.grids import GivenGrid, GivenLayout
-from vision_attn.patching.installation import Installation, LayoutFunction, forward_arguments
+from vision_attn.patching.hooks import LayoutFunction, forward_arguments
+from vision_attn.patching.installation import Installation
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.layouts import FAMILIES, REFUSED, Family, family_of
 from vision_attn.patching.parameters import initial_parameters

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from vision_attn.errors import PatchError
-from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
+from vision_attn.patching.hooks import AfterForward, BeforeForward, Hook, LayoutFunction, ScopeHook
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Processor, attention_call, is_routed, stock_class, stock_of
 from vision_attn.patching.steps import StepTracker
-
-LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
 
 
 @dataclass(eq=False)
@@ -31,148 +25,6 @@ class Entry:
     module: nn.Module
     layer: Layer
     twin: Processor
-
-
-class _Hook:
-    """A hook on a module.
-
-    A pickle stores it as one that does nothing: a saved model must load without this package.
-
-    torch.compile calls the hooks of the module it is given outside of the graph, where reading tensor values (position
-    ids, timesteps) and Python lists is free. There the hook's frame is kept from being compiled, and its work with it.
-    Hooks of submodules, and those of `module.compile()`, are traced into the graph: `traced` is what they do there.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
-        """Called by torch, with the keyword arguments or the output as the last argument."""
-        if torch.compiler.is_compiling():
-            self.traced(module, args, last)
-        else:
-            self.untraced(module, args, last)
-
-    def run(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
-        """The work of the hook."""
-        raise NotImplementedError
-
-    def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
-        """The work of the hook inside a graph."""
-
-    @torch.compiler.disable
-    def untraced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
-        """The work of the hook outside of graphs."""
-        self.run(module, args, last)
-
-    def __reduce__(self) -> Any:
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-
-with contextlib.suppress(ImportError):  # not public: without it, models with position ids compile by their blocks only
-    from torch._dynamo.eval_frame import skip_code
-
-    skip_code(_Hook.__call__.__code__)
-
-
-class ScopeHook(_Hook):
-    """Forward pre-hook that writes the token layout of a scope's call into its cell.
-
-    Args:
-        module: The scope: the model, or one of its levels.
-        layout: `layout(module, arguments by name)` gives the layout or `None`.
-        cell: Where to write it.
-    """
-
-    def __init__(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> None:
-        self.layout = layout
-        self.cell = cell
-        self.names, self.defaults = forward_arguments(module)
-
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Write the layout of this call."""
-        module = getattr(module, "_orig_mod", module)
-        layout = self.layout(module, bind(self.names, self.defaults, args, kwargs))
-        if module.training and getattr(module, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
-            self.cell.begin(layout)
-        else:
-            self.cell.layout = layout
-        if self.cell.layout is None:
-            self.cell.reason = "the token layout of this call is not known"
-
-    def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
-        """Write the layout inside a graph: possible where it comes from shapes."""
-        self.run(module, args, last)
-
-
-class BeforeForward(_Hook):
-    """Forward pre-hook on the model: see that the patch is still there, follow the denoising steps.
-
-    Args:
-        module: The model, for the names of its forward arguments.
-        installation: Its patched layers.
-    """
-
-    def __init__(self, module: nn.Module, installation: Installation) -> None:
-        self.installation = installation
-        self.names, self.defaults = forward_arguments(module)
-
-    def traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse what a graph cannot do."""
-        if self.installation.tracker is not None:
-            raise PatchError(
-                "patch: steps= must be followed outside of compiled code, got a model inside a graph: "
-                "compile the model itself or its blocks, or leave steps out"
-            )
-
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a forward."""
-        self.installation.check()
-        self.installation.begin(bind(self.names, self.defaults, args, kwargs))
-
-
-class AfterForward(_Hook):
-    """Forward hook on the model: operator calls that should have been and were not are an error when strict.
-
-    Args:
-        installation: The patched layers of the model.
-    """
-
-    def __init__(self, installation: Installation) -> None:
-        self.installation = installation
-
-    def run(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End a forward."""
-        self.installation.require_operator_calls()
-
-
-def forward_arguments(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Names of a module's forward arguments in order, and the defaults. Read once: binding is then traceable."""
-    module = getattr(module, "_orig_mod", module)
-    parameters = [
-        parameter
-        for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    defaults = {
-        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
-    }
-    names = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    return tuple(names), defaults
-
-
-def bind(
-    names: Sequence[str], defaults: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Arguments of a call by name, defaults applied."""
-    call = dict(defaults)
-    for name, value in zip(names, args):  # noqa: B905 - fewer positional arguments than names are the normal case
-        call[name] = value
-    call.update(kwargs)
-    return call
 
 
 class Installation:
@@ -197,7 +49,7 @@ class Installation:
         self.entries: list[Entry] = []
         self.skipped: list[Skipped] = []
         self.lost: dict[str, str] = {}
-        self._hooks: list[tuple[nn.Module, _Hook]] = []
+        self._hooks: list[tuple[nn.Module, Hook]] = []
 
     @property
     def layers(self) -> list[Layer]:
@@ -322,7 +174,7 @@ class Installation:
             if is_routed(processor) and processor.layer is not None and not processor.layer.installed:
                 remembered[name] = stock_of(processor)
 
-    def _register(self, module: nn.Module, hook: _Hook, before: bool) -> None:
+    def _register(self, module: nn.Module, hook: Hook, before: bool) -> None:
         if before:
             module.register_forward_pre_hook(hook, with_kwargs=True)
         else:
@@ -342,7 +194,7 @@ def installations(model: nn.Module) -> list[Installation]:
     return [hook.installation for hook in model._forward_pre_hooks.values() if isinstance(hook, BeforeForward)]
 
 
-def _unregister(module: nn.Module, hook: _Hook) -> None:
+def _unregister(module: nn.Module, hook: Hook) -> None:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, value in hooks.items() if value is hook]:
             del hooks[key]

@@ -16,7 +16,8 @@ from vision_attn.layout import TokenLayout
 from vision_attn.operators import Clear, Dense, Neighborhood
 from vision_attn.patching.diffusers import attention_modules, call_module, denoisers
 from vision_attn.patching.dry_inputs import dry_inputs
-from vision_attn.patching.installation import bind, forward_arguments, installations
+from vision_attn.patching.hooks import bind, forward_arguments
+from vision_attn.patching.installation import installations
 from vision_attn.patching.ltx2_decoder import is_decoder
 from vision_attn.patching.report import table
 from vision_attn.patching.swap import Patch, patch

@@ -91,7 +91,7 @@ def compare(
     operators = [va.parse(text) for text in ops or _DEFAULT_OPERATORS]
     request = _request(prompt, seed, size, steps, guidance, frames)
     pipe, request = _loaded(model, request, device, dtype)
-    with _progress(runs_of(operators, repeats=repeats, warmup=warmup), "image") as on_run:
+    with _progress(runs_of(operators, repeats=repeats, warmup=warmup, device=pipe.device), "image") as on_run:
         comparison = run(
             pipe,
             operators,

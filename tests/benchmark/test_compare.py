@@ -85,8 +85,13 @@ def test_times_and_memory_are_plausible(comparison):
         assert row.peak_memory_bytes is None or row.peak_memory_bytes >= 0
 
 
+def test_runs_are_counted_with_the_one_that_a_gpu_needs_apart(operators):
+    assert runs_of(operators, repeats=3, warmup=1) == 3 * 4
+    assert runs_of(operators, repeats=3, warmup=1, device="cuda") == 3 * 5
+
+
 def test_progress_is_told_as_often_as_announced(comparison, operators, told):
-    assert len(told) == runs_of(operators, repeats=1, warmup=0) == 3 * 2
+    assert len(told) == runs_of(operators, repeats=1, warmup=0) == 3
     assert set(told) == {row.operator for row in comparison.rows}
 
 

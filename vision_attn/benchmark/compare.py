@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,8 +36,9 @@ class Row:
         operator: Text form; `"dense"` is the stock pipeline, untouched.
         seconds: Per image, median of the repeats.
         seconds_of_each_repeat: What the median is of.
-        attention_seconds: Inside attention calls during one image, in a run of its own with a clock on every call.
-        attention_share: `attention_seconds` over the time of that same run.
+        attention_seconds: Inside attention calls during one image; on a GPU from a run of its own, whose every call is
+            waited for.
+        attention_share: `attention_seconds` over the time of the same run.
         attention_calls: Attention calls during one image.
         attention_flops: Of those calls; None if the operator does not know.
         peak_memory_bytes: Above what the loaded pipeline held, during one image; None if the system cannot tell.
@@ -148,35 +150,34 @@ def compare(
     for name, operator in list(contenders.items()) * warmup:
         _drawing(pipe, operator, short)()
         on_run(name)
-    timings = interleaved(
-        {name: _drawing(pipe, operator, request) for name, operator in contenders.items()},
-        repeats=repeats,
-        warmup=0,
-        device=device,
-        on_run=on_run,
-    )
-    # After the timed runs, so that what a first run allocates once and keeps does not count as the first operator's.
-    measured: dict[str, _Measured] = {}
-    for name, operator in contenders.items():
-        measured[name] = _measure(pipe, operator, request)
+    # Reading a clock costs nothing on the CPU; a GPU must be waited for at each call, so its latency is timed apart.
+    apart = device.type != "cpu"
+    measured: dict[str, list[_Measured]] = {name: [] for name in contenders}
+    for name, operator in list(contenders.items()) * (1 if apart else repeats):
+        measured[name].append(_measure(pipe, operator, request))
         on_run(name)
-    dense = measured[DENSE].image
+    if apart:
+        drawings = {name: _drawing(pipe, operator, request) for name, operator in contenders.items()}
+        timings = interleaved(drawings, repeats=repeats, warmup=0, device=device, on_run=on_run)
+    else:
+        timings = {name: Timing(tuple(run.seconds for run in runs)) for name, runs in measured.items()}
+    dense = measured[DENSE][0].image
     rows = tuple(_row(name, measured[name], timings[name], dense, judge) for name in contenders)
     return Comparison(
         model=model or type(pipe).__name__,
         request=request,
-        grid=next((found.layout.grid for found in measured.values() if found.layout), None),
+        grid=next((runs[0].layout.grid for runs in measured.values() if runs[0].layout), None),
         environment=_environment(device, next(denoiser(pipe).parameters()).dtype),
         rows=rows,
-        images=tuple(found.image for found in measured.values()),
-        windows=tuple(_window(contenders[name], found.layout) for name, found in measured.items()),
+        images=tuple(runs[0].image for runs in measured.values()),
+        windows=tuple(_window(contenders[name], runs[0].layout) for name, runs in measured.items()),
     )
 
 
-def runs_of(operators: Sequence[Any], *, repeats: int, warmup: int) -> int:
-    """How many images `compare` draws: the total of its progress bar."""
-    distinct = set(operators) - {va.Dense()}
-    return (1 + len(distinct)) * (1 + warmup + repeats)
+def runs_of(operators: Sequence[Any], *, repeats: int, warmup: int, device: torch.device | str = "cpu") -> int:
+    """How many runs `compare` makes: the total of its progress bar."""
+    apart = torch.device(device).type != "cpu"
+    return (1 + len(set(operators) - {va.Dense()})) * (warmup + repeats + apart)
 
 
 @contextlib.contextmanager
@@ -199,7 +200,7 @@ def _drawing(pipe: Any, operator: Any, request: Request) -> Callable[[], object]
 
 
 def _measure(pipe: Any, operator: Any, request: Request) -> _Measured:
-    """One image with the clock and the memory gauge on, which latency must not include."""
+    """One image with the clock and the memory gauge on."""
     model = denoiser(pipe)
     device = _device_of(pipe)
     clock = AttentionClock(model, device)
@@ -229,25 +230,27 @@ def _measure(pipe: Any, operator: Any, request: Request) -> _Measured:
 
 def _row(
     name: str,
-    found: _Measured,
+    runs: Sequence[_Measured],
     timing: Timing,
     dense: NDArray[np.float32],
     judge: Callable[[NDArray[np.float32]], object] | None,
 ) -> Row:
+    first = runs[0]
     return Row(
         operator=name,
         seconds=timing.median,
         seconds_of_each_repeat=timing.samples,
-        attention_seconds=found.clock.seconds,
-        attention_share=found.clock.seconds / found.seconds,
-        attention_calls=found.clock.calls,
-        attention_flops=found.clock.flops,
-        peak_memory_bytes=found.memory,
-        psnr=psnr(found.image, dense),
-        ssim=ssim(found.image, dense),
-        caption=None if judge is None else str(judge(found.image)),
-        routed_layers=found.routed,
-        dense_layers=found.dense_layers,
+        attention_seconds=statistics.median(run.clock.seconds for run in runs),
+        attention_share=statistics.median(run.clock.seconds / run.seconds for run in runs),
+        attention_calls=first.clock.calls,
+        attention_flops=first.clock.flops,
+        # The first run may allocate what later ones find: the last tells what an image needs.
+        peak_memory_bytes=runs[-1].memory,
+        psnr=psnr(first.image, dense),
+        ssim=ssim(first.image, dense),
+        caption=None if judge is None else str(judge(first.image)),
+        routed_layers=first.routed,
+        dense_layers=first.dense_layers,
     )
 
 

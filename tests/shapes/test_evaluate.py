@@ -92,7 +92,7 @@ def test_the_card_states_settings_scores_and_training(tiny_flux_folder: Path, tm
     card = model_card(directory, report)
     assert report.markdown() in card
     assert "No note on these weights." in card
-    assert "--sizes 48x64`" in card
+    assert "--sizes 48x64:50`" in card
     (directory / "training.md").write_text("Trained for one step.", encoding="utf-8")
     assert "Trained for one step." in model_card(directory, report)
 

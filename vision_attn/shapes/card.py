@@ -59,8 +59,8 @@ tokens, 256x256 pixels are 64x64 tokens. Training used 12x12 to 64x64 tokens, mo
 Held-out seeds, each picture from noise of its own fixed seed, drawn by the stock pipeline with {steps} steps and judged
 by `vision_attn.shapes.detector` (color and geometry, no network; it reads rendered scenes without error). *Objects
 right*: exactly the named shapes in their colors, no more, no fewer. *Colors right*: the same of the colors alone.
-A shape counts from an overlap of 70 % with the ideal one, so distorted shapes pass: an ellipse 1.7 times as wide as high
-is still a circle. The eye is stricter than these numbers.
+A shape counts from an overlap of 70 % with the ideal one, so distorted shapes pass: an ellipse 1.7 times as wide as
+high is still a circle. The eye is stricter than these numbers.
 *Everything right*: objects, and the relation, sizes and background where the caption names them.
 
 {table}
@@ -96,7 +96,7 @@ def model_card(directory: str | Path, report: Report) -> str:
     settings = read_settings(directory)
     note = directory / TRAINING_NOTE
     weights = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
-    sizes = dict.fromkeys(f"{row.height}x{row.width}" for row in report.rows)
+    sizes = dict.fromkeys(f"{row.height}x{row.width}:{row.pictures}" for row in report.rows)
     return _CARD.format(
         megabytes=weights / 1e6,
         steps=settings["num_inference_steps"],

@@ -70,7 +70,7 @@ def test_compare_writes_sheet_and_json_and_prints_a_table(run, tiny_flux_folder,
     assert [row["operator"] for row in content["rows"]] == names
     request = content["request"]
     assert (request["height_px"], request["width_px"], request["steps"], request["guidance"]) == (36, 48, 1, 3.0)
-    assert request["prompt"] == "a red circle left of a blue square"
+    assert request["prompt"] == json.loads((tiny_flux_folder / "vision_attn.json").read_text())["prompt"]
     assert all(row["caption"].startswith("wrong") for row in content["rows"])
     for name in names:
         assert name in out
@@ -212,6 +212,14 @@ WRONG = [
         r"grid must be made of multiples of \(8, 8\), got \(9, 8\)",
     ),
     (["operators", "clear"], r"[Gg]ot unexpected extra argument"),
+    (["generate", "--size", "99999999x64"], r"--size must be at most 16384 pixels on each side, got '99999999x64'"),
+    (["generate", "--seed", "-1"], r"--seed must be 0 to .* got -1"),
+    (["compare", "--seed", "99999999999999999999999"], r"--seed must be .* got 99999999999999999999999"),
+    (["generate", "--guidance", "nan"], r"--guidance must be a finite number, got nan"),
+    (
+        ["compare", "--out", f"{__file__}/out"],
+        r"--out must be in a folder that can be written, got '.*test_cli.py/out'",
+    ),
     (["verify", "--model", "no-such-model"], r"model must be one of shapes-flux"),
 ]
 

@@ -7,6 +7,7 @@ so that `vision-attn --help` is quick.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Whatever typer builds on, a wrong option or value is a BadParameter or its base.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _INTERRUPTED = 130  # the shell's code for Ctrl-C; some versions of typer return it, others raise Abort
+_LONGEST_SIDE = 16384  # four times the largest picture that a model here was made for
 _DTYPES = ("float32", "float16", "bfloat16")
 _DEFAULT_OPERATORS = ["dense", "clear(radius=8)", "neighborhood(kernel_size=13)"]
 
@@ -90,6 +92,7 @@ def compare(
 
     operators = [va.parse(text) for text in ops or _DEFAULT_OPERATORS]
     request = _request(prompt, seed, size, steps, guidance, frames)
+    _require_writable(out)
     pipe, request = _loaded(model, request, device, dtype)
     with _progress(runs_of(operators, repeats=repeats, warmup=warmup, device=pipe.device), "image") as on_run:
         comparison = run(
@@ -135,6 +138,7 @@ def generate(
 
     operator = va.parse(op)
     picture_format(out)
+    _require_writable(out.parent)
     request = _request(prompt, seed, size, steps, guidance, frames)
     pipe, request = _loaded(model, request, device, dtype)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
@@ -249,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows the program's name; None takes them from the process.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and typed[:1] in (["bench"], ["compare"]):
+        _restart_with_passive_threads()
     try:
         code = app(_spread(typed), prog_name="vision-attn", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -262,6 +268,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == _INTERRUPTED:
         typer.echo("vision-attn: interrupted, nothing was written", err=True)
     sys.exit(code)
+
+
+def _restart_with_passive_threads() -> None:
+    """Start this process again with threads that sleep while they wait, unless the user has decided already.
+
+    OpenMP reads the variable when torch is loaded, which has happened. Spinning threads beside another busy process
+    slowed code of many small operations down tenfold, so that timings said more about the machine than about the code.
+    """
+    if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, "-m", "vision_attn.cli", *sys.argv[1:]])
 
 
 def _is_users_mistake(error: Exception) -> bool:
@@ -314,12 +331,22 @@ def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
         option: Named in the error.
 
     Raises:
-        ValueError: other text, or a zero.
+        ValueError: other text, a zero, or a side beyond 16384.
     """
     match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", text.strip())
     if match is None:
         raise ValueError(f"{option} must be HEIGHTxWIDTH such as 256x384, got {text!r}")
-    return int(match[1]), int(match[2])
+    rows, columns = int(match[1]), int(match[2])
+    if max(rows, columns) > _LONGEST_SIDE:
+        raise ValueError(f"{option} must be at most {_LONGEST_SIDE} pixels on each side, got {text!r}")
+    return rows, columns
+
+
+def _require_writable(folder: Path) -> None:
+    """A folder that cannot be written is found before the work, not after it; nothing is made yet."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out must be in a folder that can be written, got {str(folder)!r}: {nearest} cannot be")
 
 
 def _request(
@@ -327,6 +354,10 @@ def _request(
 ) -> Request:
     from vision_attn.benchmark.generation import Request
 
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be 0 to 2**63 - 1, got {seed}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"--guidance must be a finite number, got {guidance}")
     height, width = (None, None) if size is None else parse_size(size)
     return Request(prompt, seed, height, width, steps, guidance, frames)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -34,8 +35,8 @@ class TokenLayout:
     text_after: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.grid, int):
-            raise TypeError(f"TokenLayout: grid must be a tuple (Y, X), got {self.grid!r}: write ({self.grid},)")
+        if not isinstance(self.grid, Sequence):
+            raise TypeError(f"TokenLayout: grid must be a tuple (Y, X), got {self.grid!r}")
         object.__setattr__(self, "grid", tuple(self.grid))
         if not 1 <= len(self.grid) <= 3:
             raise ValueError(f"TokenLayout: grid must have 1 to 3 axes, got {self.grid}: use (Y, X) or (T, Y, X)")

@@ -269,6 +269,22 @@ def test_cells_cut_by_the_border_pool_the_tokens_they_hold():
     torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("weight", [[[0.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [-0.9999, 1.0]], [[1.0, -1.0], [1.0, -1.0]]])
+def test_cells_left_without_mass_stay_finite(weight):
+    q, k, v = qkv((5, 7), 2)
+    w = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
+    out = va.clear_attention(q, k, v, grid=(5, 7), radius=2, text_tokens=2, down_factor=2, spatial_weight=w)
+    assert out.abs().max() <= 16 * v.abs().max()
+    assert torch.isfinite(torch.autograd.grad(out.sum(), w)[0]).all()
+
+
+@pytest.mark.parametrize(("radius", "same"), [(1e300, 1000), (1e9, 1000), (10**200, 1000), (1e-200, 1), (0.3, 1)])
+def test_extreme_radii_see_everything_or_the_token_itself(radius, same):
+    q, k, v = qkv((4, 6), 2)
+    calls = [va.clear_attention(q, k, v, grid=(4, 6), radius=r, text_tokens=2) for r in (radius, same)]
+    assert torch.equal(*calls)
+
+
 def test_uniform_weight_is_the_mean_and_the_default():
     q, k, v = qkv((6, 8), 2)
     arguments = {"grid": (6, 8), "radius": 2, "text_tokens": 2, "down_factor": 2}
@@ -368,6 +384,11 @@ X = torch.zeros(2, 5 + 24, 4, 6)
         ({"down_factor": 2.0}, TypeError, "clear_attention: down_factor must be an integer, got 2.0"),
         ({"spatial_weight": torch.ones(2, 2)}, ValueError, "clear_attention: spatial_weight must be None without pooling, got down_factor=1"),
         ({"down_factor": 2, "spatial_weight": torch.ones(3, 2)}, ValueError, r"spatial_weight must have shape \(2, 2\) or .* got \(3, 2\)"),
+        ({"down_factor": 2, "spatial_weight": torch.ones(2, 2, device="meta")}, ValueError, "clear_attention: spatial_weight must be on the key's device cpu, got meta"),
+        ({"down_factor": 2, "spatial_weight": torch.ones(2, 2, dtype=torch.long)}, TypeError, "clear_attention: spatial_weight must be floating point of 16 to 64 bits, got torch.int64"),
+        ({"grid": 24}, TypeError, "clear_attention: grid must be a tuple .* got 24"),
+        ({"grid": None}, TypeError, "clear_attention: grid must be a tuple .* got None"),
+        ({"radius": 10**400}, ValueError, "clear_attention: radius must be above 0 and finite, got 1000"),
         ({"down_factor": 2, "spatial_weight": 0.25}, TypeError, "clear_attention: spatial_weight must be a tensor, got float"),
         ({"scale": None, "key": X[:, :9]}, ValueError, r"clear_attention: key must have the query's batch and tokens \(2, 29\), got \(2, 9\)"),
         ({"query": X[0]}, ValueError, r"clear_attention: query must have 4 axes \[B, S, H, D\], got shape \(29, 4, 6\)"),
@@ -393,6 +414,12 @@ def test_bad_input_is_named(change, error, message):
 def test_operator_refuses_bad_values(values, error, message):
     with pytest.raises(error, match=message):
         va.Clear(**values)
+
+
+@pytest.mark.parametrize("arguments", [("a", 3), (64, None), (64, math.inf), (64, 10, True)])
+def test_proportional_scale_refuses_what_is_no_number(arguments):
+    with pytest.raises(TypeError, match=r"proportional_scale: .* must be a finite number, got"):
+        va.proportional_scale(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,45 @@ def test_full_graph_compile(op):
     torch.testing.assert_close(compiled(*inputs), op(*inputs, LAYOUT))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op != va.Dense()], ids=str)
+def test_inductor_forward_and_backward(op):
+    """Inductor checks the strides that custom ops promise; other compilers do not."""
+    torch._dynamo.reset()
+    inputs = [x.requires_grad_() for x in qkv(torch.float32)]
+    compiled = torch.compile(lambda q, k, v: op(q, k, v, LAYOUT), fullgraph=True)
+    ours = oracle.gradients(lambda: [compiled(*inputs)], inputs)
+    eager = oracle.gradients(lambda: [op(*inputs, LAYOUT)], inputs)
+    for a, b in zip((*ours[0], *ours[1]), (*eager[0], *eager[1]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "backend"), CALLS, ids=str)
+def test_autocast_takes_mixed_dtypes_as_sdpa_does(op, backend):
+    q, k, v = qkv(torch.float32)
+    half = [x.bfloat16() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = call(op, backend, q, k, half[2])
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, call(op, backend, *half))
+
+
+@pytest.mark.parametrize(("op", "backend"), CALLS, ids=str)
+def test_empty_batch(op, backend):
+    empty = [x[:0].requires_grad_() for x in qkv(torch.float32)]
+    out = call(op, backend, *empty)
+    assert out.shape == (0, LAYOUT.tokens, 3, 6)
+
+
+@pytest.mark.parametrize("op", OPERATORS, ids=str)
+def test_a_wrong_sequence_or_layout_is_named(op):
+    name, x = type(op).__name__, torch.zeros(1, LAYOUT.tokens - 1, 2, 4)
+    with pytest.raises(ValueError, match=rf"query must have {LAYOUT.tokens} tokens .* got {LAYOUT.tokens - 1}"):
+        op(x, x, x, LAYOUT)
+    with pytest.raises(TypeError, match=rf"{name}: layout must be a TokenLayout, got \(7, 11\): write va.TokenLayout"):
+        op(x, x, x, (7, 11))
+
+
 @pytest.mark.parametrize("op", OPERATORS, ids=str)
 def test_text_form_round_trips(op):
     assert va.parse(str(op)) == op

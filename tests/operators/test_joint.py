@@ -7,7 +7,8 @@ import torch
 import vision_attn as va
 
 LAYOUT = va.TokenLayout((4, 6), text_before=3, text_after=2)
-OPERATORS = [va.Clear(2), va.Clear(2, down_factor=2), va.Neighborhood(3), va.Neighborhood(99)]
+POOLED = va.Clear(2, down_factor=2)
+OPERATORS = [va.Clear(2), POOLED, va.Neighborhood(3), va.Neighborhood(99)]
 
 
 def qkv(heads=2):
@@ -34,11 +35,12 @@ def expected(op, q, k, v, visible):
     )
 
 
-def padding():
+def padding(op):
     visible = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
     visible[0, ..., 1:3] = False
     visible[1, ..., -1:] = False
-    visible[1, ..., 9] = False  # an image key
+    if op != POOLED:
+        visible[1, ..., 9] = False  # an image key
     return visible
 
 
@@ -47,7 +49,7 @@ def padding():
 @pytest.mark.parametrize("op", OPERATORS, ids=str)
 def test_key_padding_is_honoured(op, kind, backend):
     q, k, v = qkv()
-    mask = padding()
+    mask = padding(op)
     given = {
         "bool": mask,
         "float": torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf")),
@@ -64,6 +66,14 @@ def test_text_queries_may_have_masks_of_their_own(op):
     visible[:, :, 0, 2:7] = False
     visible[1, :, -1, :5] = False
     torch.testing.assert_close(op(q, k, v, LAYOUT, attn_mask=visible), expected(op, q, k, v, visible[:, 0]))
+
+
+def test_pooled_keys_do_not_leak_hidden_image_tokens():
+    q, k, v = qkv()
+    hidden = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
+    hidden[..., 20:] = False
+    with pytest.raises(va.UnsupportedError, match="attn_mask must leave all image keys visible where keys are pooled"):
+        POOLED(q, k, v, LAYOUT, attn_mask=hidden)
 
 
 def test_a_bias_on_keys_is_added():
@@ -98,6 +108,8 @@ def test_masks_of_image_queries_or_heads_are_refused(op):
         op(q, k, v, LAYOUT, attn_mask=torch.zeros(1, 2, 1, 29))
     with pytest.raises(va.UnsupportedError, match=r"attn_mask must be bool or floating point, got torch.int64"):
         op(q, k, v, LAYOUT, attn_mask=torch.zeros(29, dtype=torch.long))
+    with pytest.raises(TypeError, match="attn_mask must be a tensor or None, got 'x'"):
+        op(q, k, v, LAYOUT, attn_mask="x")
     with pytest.raises(ValueError, match=r"attn_mask must broadcast to \(2, 2, 29, 29\), got shape \(2, 1, 1, 28\)"):
         op(q, k, v, LAYOUT, attn_mask=torch.ones(2, 1, 1, 28, dtype=torch.bool))
 

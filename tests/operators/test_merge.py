@@ -63,6 +63,13 @@ OUT, LSE = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
         ([OUT, 3], [LSE, LSE], TypeError, "merge_attention: outputs must be tensors, got int"),
         ([OUT, OUT[:, :1]], [LSE, LSE], ValueError, r"outputs must all be \(1, 2, 3, 4\) .* got \(1, 1, 3, 4\)"),
         ([OUT, OUT.half()], [LSE, LSE], ValueError, "outputs must all be .*float32, got .*float16"),
+        (None, [LSE], TypeError, "merge_attention: outputs must be a list of tensors, got NoneType"),
+        (
+            [OUT.int()],
+            [LSE],
+            TypeError,
+            "merge_attention: outputs must be floating point of 16 to 64 bits, got torch.int32",
+        ),
         ([OUT], [OUT], ValueError, r"merge_attention: lses must have shape \(1, 2, 3\), got \(1, 2, 3, 4\)"),
     ],
 )

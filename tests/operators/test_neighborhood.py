@@ -262,6 +262,20 @@ def test_large_logits_do_not_overflow(backend):
 
 
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_values_without_channels(backend):
+    q, k, v = x2d()
+    out, lse = va.na2d(q, k, v[..., :0], 3, return_lse=True, backend=backend)
+    assert out.shape == (2, 9, 14, 3, 0)
+    torch.testing.assert_close(lse, va.na2d(q, k, v, 3, return_lse=True)[1])
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_empty_batch_with_extra_keys(backend):
+    x, extra = torch.randn(0, 4, 6, 2, 3), torch.randn(0, 5, 2, 3)
+    assert va.na2d(x, x, x, 3, additional_keys=extra, additional_values=extra, backend=backend).shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
 def test_empty_batch(backend):
     x = torch.randn(0, 4, 6, 2, 3, requires_grad=True)
     out, lse = va.na2d(x, x, x, 3, return_lse=True, backend=backend)
@@ -311,9 +325,12 @@ Q = torch.zeros(2, 8, 12, 4, 6)
         ({"scale": "big"}, TypeError, "na2d: scale must be a number or None, got 'big'"),
         ({"scale": math.inf}, ValueError, "na2d: scale must be finite, got inf"),
         ({"query": Q[0]}, ValueError, r"na2d: query must have 5 axes \[B, Y, X, H, D\], got shape \(8, 12, 4, 6\)"),
-        ({"query": Q.long()}, TypeError, "na2d: query must be floating point, got torch.int64"),
+        ({"query": Q.long()}, TypeError, "na2d: query must be floating point of 16 to 64 bits, got torch.int64"),
         ({"query": [1]}, TypeError, "na2d: query must be a tensor, got list"),
         ({"query": Q.to_sparse()}, NotImplementedError, "na2d: query must be a dense strided tensor, got torch.sparse_coo"),
+        ({"query": Q.to(torch.float8_e4m3fn)}, TypeError, "na2d: query must be floating point of 16 to 64 bits, got torch.float8_e4m3fn"),
+        ({"query": Q[..., :0], "key": Q[..., :0]}, ValueError, r"na2d: query must have a head dim of at least 1, got shape \(2, 8, 12, 4, 0\)"),
+        ({"query": Q[:, :0], "key": Q[:, :0], "value": Q[:, :0]}, ValueError, r"na2d: query must have at least 1 token on every axis of its grid, got \(0, 12\)"),
         ({"key": Q.half()}, ValueError, "na2d: key must have the query's dtype torch.float32, got torch.float16"),
         ({"key": Q[:, :7]}, ValueError, r"na2d: key must have the query's batch and tokens \(2, 8, 12\), got \(2, 7, 12\)"),
         ({"key": Q[..., :5]}, ValueError, "na2d: key must have the query's head dim 6, got 5"),

@@ -74,6 +74,7 @@ def test_parse_reads_what_a_user_types(text, operator):
             "parse: clear takes the fields radius, down_factor, proportional, got 'raduis'",
         ),
         ("clear(1, 2, True, 4)", ValueError, "parse: clear takes the fields .* got 4 positional values"),
+        ("clear(radius=8, radius=9)", ValueError, r"parse: text must give each field once, got 'clear\(radius=8"),
         ("clear()", ValueError, r"parse: 'clear\(\)' does not make a clear operator: .*radius"),
         ("clear(8, radius=9)", ValueError, "parse: .* does not make a clear operator: .*multiple values"),
         ("clear(radius=-3)", ValueError, "Clear: radius must be above 0 and finite, got -3"),

@@ -34,7 +34,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     output, lse = attend_heads(q, k, v, mask, scale)
     if mask is not None:
         output, lse = clear_empty(output, lse, mask)
-    return heads_last(output, query.shape[2]), heads_last(lse.unsqueeze(-1), query.shape[2]).squeeze(-1)
+    heads = query.shape[2]
+    return heads_last(output, heads).contiguous(), heads_last(lse.unsqueeze(-1), heads).squeeze(-1).contiguous()
 
 
 @attend.register_fake
@@ -65,7 +66,7 @@ def attend_backward(
         grad_out, delta, q, k, v, fold_mask(attn_mask, query, key), lse_first, scale
     )
     return (
-        heads_last(grad_q, heads).to(query.dtype),
+        heads_last(grad_q, heads).to(query.dtype).contiguous(),
         grad_k.transpose(1, 2).contiguous().to(key.dtype),
         grad_v.transpose(1, 2).contiguous().to(value.dtype),
     )
@@ -183,14 +184,16 @@ def heads_first(x: Tensor, heads_kv: int) -> Tensor:
     b, s, heads, d = x.shape
     if heads == heads_kv:
         return x.transpose(1, 2)
-    return x.view(b, s, heads_kv, heads // heads_kv, d).transpose(1, 2).reshape(b, heads_kv, -1, d)
+    group = heads // heads_kv
+    return x.view(b, s, heads_kv, group, d).transpose(1, 2).reshape(b, heads_kv, s * group, d)
 
 
 def heads_last(x: Tensor, heads: int) -> Tensor:
     """The inverse of `heads_first`."""
-    b, heads_kv, _, d = x.shape
+    b, heads_kv, rows, d = x.shape
     group = heads // heads_kv
-    return x.unflatten(2, (-1, group)).transpose(1, 2).reshape(b, -1, heads, d)
+    queries = rows // group
+    return x.unflatten(2, (queries, group)).transpose(1, 2).reshape(b, queries, heads, d)
 
 
 def fold_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vision_attn.layout import TokenLayout
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype of the surrounding autocast region, as `scaled_dot_product_attention` takes them.
+
+    Integers, float64 and None pass as they are; without autocast everything does.
+    """
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    casts = (torch.float16, torch.bfloat16, torch.float32)
+    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in casts else x for x in tensors]
+
+
+def no_autocast(x: Tensor) -> Any:
+    """A region in which our own arithmetic keeps the dtypes it chooses."""
+    available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext()
+
+
+def check_joint_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> None:
+    """Check `[B, S, H, D]` tensors against each other and against their layout.
+
+    Raises:
+        TypeError: not a layout, or as `check_attention_inputs`.
+        ValueError: a sequence of another length than the layout's, or as `check_attention_inputs`.
+    """
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"{where}: layout must be a TokenLayout, got {layout!r}: write va.TokenLayout(grid=(Y, X))")
+    check_attention_inputs(where, query, key, value)
+    layout.check(query.shape[1])
 
 
 def check_attention_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, *, grid_axes: int = 1) -> None:
@@ -29,21 +66,22 @@ def check_attention_inputs(where: str, query: Tensor, key: Tensor, value: Tensor
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{where}: {name} must be a tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise NotImplementedError(
-                f"{where}: {name} must be a dense strided tensor, got {x.layout}: use .to_dense()"
-            )
+        if x.is_nested or x.layout != torch.strided:
+            kind = "a nested tensor" if x.is_nested else f"{x.layout}"
+            raise NotImplementedError(f"{where}: {name} must be a dense strided tensor, got {kind}: use .to_dense()")
         if x.ndim != rank:
             axes = (
                 ", ".join(["B", *("X", "Y X", "T Y X")[grid_axes - 1].split(), "H", "D"]) if rank > 4 else "B, S, H, D"
             )
             raise ValueError(f"{where}: {name} must have {rank} axes [{axes}], got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{where}: {name} must be floating point, got {x.dtype}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{where}: {name} must be floating point of 16 to 64 bits, got {x.dtype}")
         if x.dtype != query.dtype:
             raise ValueError(f"{where}: {name} must have the query's dtype {query.dtype}, got {x.dtype}")
         if x.device != query.device:
             raise ValueError(f"{where}: {name} must be on the query's device {query.device}, got {x.device}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"{where}: query must have a head dim of at least 1, got shape {tuple(query.shape)}")
     if key.shape[:-2] != query.shape[:-2]:
         expected, given = tuple(query.shape[:-2]), tuple(key.shape[:-2])
         raise ValueError(f"{where}: key must have the query's batch and tokens {expected}, got {given}")

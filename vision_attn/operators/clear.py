@@ -11,6 +11,8 @@ Source: CLEAR (arXiv 2412.16112), section 3; the reference code Huage001/CLEAR f
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from vision_attn.kernels.reach import Ball
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import check_attention_inputs
+from vision_attn.operators.arguments import FLOATS, autocast, check_attention_inputs, check_joint_inputs
 from vision_attn.operators.cost import Cost, chunks, pairs_cost, text_tiles, visited_tiles
 from vision_attn.operators.joint import joint_attention, joint_mask
 from vision_attn.operators.registry import register_operator
@@ -43,6 +45,7 @@ def proportional_scale(
 
     Raises:
         ValueError: a value out of range.
+        TypeError: not a finite number.
 
     Source: CLEAR (arXiv 2412.16112), section 4.3; Jin et al. (arXiv 2306.08645).
 
@@ -50,6 +53,10 @@ def proportional_scale(
         >>> proportional_scale(16, 4608)
         0.25
     """
+    arguments = {"head_dim": head_dim, "n_tokens": n_tokens, "trained_tokens": trained_tokens, "factor": factor}
+    for name, number in arguments.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise TypeError(f"proportional_scale: {name} must be a finite number, got {number!r}")
     for name, value, least in (
         ("head_dim", head_dim, 1),
         ("n_tokens", n_tokens, 1),
@@ -116,10 +123,11 @@ def clear_attention(
     where = "clear_attention"
     before, after = (text_tokens, 0) if text_first else (0, text_tokens)
     layout = _checked_layout(where, grid, before, after)
+    query, key, value = autocast(query, key, value)
     check_attention_inputs(where, query, key, value)
     _check_sequence(where, query, layout)
     pooled = pooled_keys(where, key, value, layout, _checked_factor(where, down_factor), spatial_weight)
-    reach = Ball(layout.grid, _checked_radius(where, radius))
+    reach = _ball(layout.grid, _checked_radius(where, radius))
     output, lse = joint_attention(
         where, query, key, value, layout, reach, scale, pooled=pooled, return_lse=return_lse, backend=backend
     )
@@ -131,7 +139,8 @@ def pooled_keys(
 ) -> list[tuple[Tensor, Tensor, None]]:
     """One key and value `[B, cells, Hkv, D]` per `down_factor` cell of the grid; empty without pooling.
 
-    A cell that the border cuts pools the tokens it holds, with weights rescaled to the sum of a whole cell's.
+    A cell that the border cuts pools the tokens it holds, with weights rescaled to the sum of a whole cell's (by at
+    most f^2, so that weights which the border leaves without mass stay finite).
     """
     if down_factor == 1:
         if spatial_weight is not None:
@@ -148,12 +157,12 @@ def _pool(tokens: Tensor, grid: tuple[int, ...], weight: Tensor) -> Tensor:
     """`[B, N, H, D]` to `[B, cells, H, D]`: weighted sums over `f x f` cells of each frame."""
     f, (y, x) = weight.shape[0], grid[-2:]
     b, _, heads, width = tokens.shape
-    frames = tokens.reshape(-1, y, x, heads * width)
+    frames = tokens.reshape(b * math.prod(grid[:-2]), y, x, heads * width)
     rows, columns = -(-y // f), -(-x // f)
     padded = torch.nn.functional.pad(frames, (0, 0, 0, columns * f - x, 0, rows * f - y))
-    cells = padded.view(-1, rows, f, columns, f, heads * width)
+    cells = padded.unflatten(2, (columns, f)).unflatten(1, (rows, f))
     pooled = torch.einsum("nrfcgd,rcfg->nrcd", cells, _cell_weights(weight, y, x).to(tokens.dtype))
-    return pooled.reshape(b, -1, heads, width)
+    return pooled.reshape(b, math.prod(grid[:-2]) * rows * columns, heads, width)
 
 
 def _cell_weights(weight: Tensor, y: int, x: int) -> Tensor:
@@ -165,7 +174,11 @@ def _cell_weights(weight: Tensor, y: int, x: int) -> Tensor:
     held = weight * (inside_y & inside_x)
     if y % f == 0 and x % f == 0:
         return held
-    return held * (weight.sum() / held.sum((2, 3), keepdim=True))
+    total, kept = weight.sum(), held.sum((2, 3), keepdim=True)
+    # Mean pooling never rescales by more than f^2; unconstrained weights can leave a cut cell with a sum near zero.
+    least = total.abs() / f**2
+    bounded = torch.where(kept.abs() < least, torch.where(kept < 0, -least, least), kept)
+    return held * (total / torch.where(bounded == 0, torch.ones_like(bounded), bounded))
 
 
 @register_operator("clear")
@@ -209,6 +222,8 @@ class Clear:
         backend: str = "auto",
     ) -> Tensor:
         """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
+        query, key, value = autocast(query, key, value)
+        check_joint_inputs("Clear", query, key, value, layout)
         if self.proportional:
             factor = PROPORTIONAL_FACTOR if self.down_factor > 1 else 1.0
             scale = proportional_scale(query.shape[-1], layout.tokens, factor=factor)
@@ -224,7 +239,7 @@ class Clear:
 
     def reach(self, layout: TokenLayout) -> Ball:
         """The window on this layout's grid."""
-        return Ball(layout.grid, float(self.radius))
+        return _ball(layout.grid, float(self.radius))
 
     def mask(self, layout: TokenLayout) -> Tensor:
         """Bool `[S, S]`: which token sees which; pooled keys are left out."""
@@ -246,6 +261,8 @@ class Clear:
 
 
 def _checked_layout(where: str, grid: Any, before: Any, after: Any) -> TokenLayout:
+    if not isinstance(grid, Sequence):
+        raise TypeError(f"{where}: grid must be a tuple (Y, X) or (T, Y, X), got {grid!r}")
     try:
         layout = TokenLayout(tuple(grid), before, after)
     except (TypeError, ValueError) as error:
@@ -273,9 +290,14 @@ def _check_sequence(where: str, query: Tensor, layout: TokenLayout) -> None:
 def _checked_radius(where: str, radius: Any) -> float:
     if isinstance(radius, bool) or not isinstance(radius, (int, float)):
         raise TypeError(f"{where}: radius must be a number of tokens, got {radius!r}")
-    if not 0 < radius < math.inf:
+    if not 0 < radius < sys.float_info.max:
         raise ValueError(f"{where}: radius must be above 0 and finite, got {radius}: 1 sees the query's own token only")
     return float(radius)
+
+
+def _ball(grid: tuple[int, ...], radius: float) -> Ball:
+    # Radii up to 1 see the token itself, radii beyond the sum of the axes see all: squares neither vanish nor overflow.
+    return Ball(grid, min(max(radius, 1.0), 1.0 + sum(grid)))
 
 
 def _checked_factor(where: str, down_factor: Any) -> int:
@@ -291,6 +313,10 @@ def _checked_weight(where: str, weight: Tensor | None, f: int, like: Tensor) -> 
         return like.new_full((f, f), 1 / f**2)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{where}: spatial_weight must be a tensor, got {type(weight).__name__}")
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"{where}: spatial_weight must be floating point of 16 to 64 bits, got {weight.dtype}")
+    if weight.device != like.device:
+        raise ValueError(f"{where}: spatial_weight must be on the key's device {like.device}, got {weight.device}")
     if tuple(weight.shape) not in ((f, f), (1, 1, 1, f, 1, f, 1)):
         legal = f"({f}, {f}) or (1, 1, 1, {f}, 1, {f}, 1)"
         raise ValueError(f"{where}: spatial_weight must have shape {legal}, got {tuple(weight.shape)}")

@@ -11,7 +11,7 @@ from vision_attn.backends import full, resolve, windowed
 from vision_attn.errors import UnsupportedError
 from vision_attn.kernels.reach import Reach
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import check_attention_inputs, resolve_scale
+from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, resolve_scale
 
 Extra = tuple[Tensor, Tensor, Tensor | None]
 
@@ -53,10 +53,29 @@ def joint_attention(
         UnsupportedError: a mask that differs between image queries or heads.
         ValueError, TypeError: arguments that do not fit.
     """
-    check_attention_inputs(where, query, key, value)
-    layout.check(query.shape[1])
+    query, key, value = autocast(query, key, value)
+    check_joint_inputs(where, query, key, value, layout)
     factor, chosen = resolve_scale(where, scale, query.shape[-1]), resolve(backend, where)
+    with no_autocast(query):
+        return _joint(where, query, key, value, layout, reach, factor, attn_mask, pooled, return_lse, chosen)
+
+
+def _joint(
+    where: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    reach: Reach,
+    factor: float,
+    attn_mask: Tensor | None,
+    pooled: Sequence[Extra],
+    return_lse: bool,
+    chosen: str,
+) -> tuple[Tensor, Tensor]:
     bias, text_mask = split_mask(where, attn_mask, query, layout)
+    if pooled and bias is not None:
+        _require_visible_grid(where, bias[:, layout.image_slice])
     image, before, after = (
         layout.image_slice,
         slice(0, layout.text_before),
@@ -78,6 +97,14 @@ def joint_attention(
         torch.cat([text_out[:, before], output, text_out[:, layout.text_before :]], dim=1),
         torch.cat([text_lse[:, before], lse, text_lse[:, layout.text_before :]], dim=1),
     )
+
+
+def _require_visible_grid(where: str, bias: Tensor) -> None:
+    # A pooled key mixes the tokens of its cell: hidden in the window only, they would leak through it.
+    if torch.compiler.is_compiling() or bool(bias.any()):
+        raise UnsupportedError(
+            f"{where}: attn_mask must leave all image keys visible where keys are pooled, it does not"
+        )
 
 
 def joint_mask(reach: Reach, layout: TokenLayout) -> Tensor:
@@ -115,6 +142,8 @@ def split_mask(
 def _additive(where: str, attn_mask: Tensor, query: Tensor, layout: TokenLayout) -> Tensor:
     """`[B or 1, H or 1, S or 1, S]`, added to the logits."""
     full_shape = (query.shape[0], query.shape[2], layout.tokens, layout.tokens)
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{where}: attn_mask must be a tensor or None, got {attn_mask!r}")
     fits = attn_mask.ndim <= 4 and all(
         n in (1, m) for n, m in zip(attn_mask.shape[::-1], full_shape[::-1], strict=False)
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vision_attn.backends import merge
+from vision_attn.operators.arguments import FLOATS
 
 
 def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,9 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         >>> torch.allclose(merged, out)
         True
     """
-    outputs, lses = list(outputs), list(lses)
+    for name, given in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(given, Sequence):
+            raise TypeError(f"merge_attention: {name} must be a list of tensors, got {type(given).__name__}")
     if not outputs or len(outputs) != len(lses):
         raise ValueError(
             f"merge_attention: outputs and lses must be equally many, at least one, got {len(outputs)} and {len(lses)}"
@@ -44,9 +47,11 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         for x in tensors:
             if not isinstance(x, Tensor):
                 raise TypeError(f"merge_attention: {name} must be tensors, got {type(x).__name__}")
+            if x.dtype not in FLOATS:
+                raise TypeError(f"merge_attention: {name} must be floating point of 16 to 64 bits, got {x.dtype}")
             if x.shape != tensors[0].shape or x.dtype != tensors[0].dtype:
-                expected, given = (f"{tuple(t.shape)} {t.dtype}" for t in (tensors[0], x))
-                raise ValueError(f"merge_attention: {name} must all be {expected}, got {given}")
+                expected, found = (f"{tuple(t.shape)} {t.dtype}" for t in (tensors[0], x))
+                raise ValueError(f"merge_attention: {name} must all be {expected}, got {found}")
     if lses[0].shape != outputs[0].shape[:-1]:
         raise ValueError(
             f"merge_attention: lses must have shape {tuple(outputs[0].shape[:-1])}, got {tuple(lses[0].shape)}"

@@ -19,7 +19,15 @@ from torch import Tensor
 from vision_attn.backends import resolve, windowed
 from vision_attn.kernels.reach import Box
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import check_attention_inputs, check_extra, per_axis, resolve_scale
+from vision_attn.operators.arguments import (
+    autocast,
+    check_attention_inputs,
+    check_extra,
+    check_joint_inputs,
+    no_autocast,
+    per_axis,
+    resolve_scale,
+)
 from vision_attn.operators.cost import Cost, pairs_cost, text_tiles, visited_tiles
 from vision_attn.operators.joint import joint_attention, joint_mask
 from vision_attn.operators.registry import register_operator
@@ -154,6 +162,9 @@ def _neighborhood(
     return_lse: bool,
     backend: str,
 ) -> Any:
+    query, key, value, additional_keys, additional_values = autocast(
+        query, key, value, additional_keys, additional_values
+    )
     check_attention_inputs(where, query, key, value, grid_axes=axes)
     check_extra(where, query, key, value, additional_keys, additional_values)
     grid = tuple(query.shape[1:-2])
@@ -161,7 +172,9 @@ def _neighborhood(
     extra = [] if additional_keys is None or additional_values is None else [(additional_keys, additional_values, None)]
     q, k, v = (x.flatten(1, axes) for x in (query, key, value))
     factor = resolve_scale(where, scale, query.shape[-1])
-    output, lse = windowed(q, k, v, reach, factor, extra=extra, return_lse=return_lse, backend=resolve(backend, where))
+    chosen = resolve(backend, where)
+    with no_autocast(query):
+        output, lse = windowed(q, k, v, reach, factor, extra=extra, return_lse=return_lse, backend=chosen)
     output, lse = output.unflatten(1, grid), lse.unflatten(1, grid)
     return (output, lse) if return_lse else output
 
@@ -181,6 +194,8 @@ def checked_box(
         for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     )
     causal = per_axis(where, "is_causal", is_causal, axes, bool)
+    if min(grid) < 1:
+        raise ValueError(f"{where}: query must have at least 1 token on every axis of its grid, got {grid}")
     for axis, (n, k, s, d) in enumerate(zip(grid, kernel, stride, dilation, strict=True)):
         for name, value in (("kernel_size", k), ("stride", s), ("dilation", d)):
             if value < 1:
@@ -252,6 +267,8 @@ class Neighborhood:
         backend: str = "auto",
     ) -> Tensor:
         """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
+        query, key, value = autocast(query, key, value)
+        check_joint_inputs("Neighborhood", query, key, value, layout)
         reach = self.reach(layout)
         return joint_attention("Neighborhood", query, key, value, layout, reach, scale, attn_mask, backend=backend)[0]
 

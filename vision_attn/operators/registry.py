@@ -107,6 +107,8 @@ def _split(text: str) -> tuple[str, list[Any], dict[str, Any]]:
         kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(problem) from error
+    if len(kwargs) < len(node.keywords):
+        raise ValueError(f"parse: text must give each field once, got {text!r}")
     return node.func.id, args, kwargs
 
 

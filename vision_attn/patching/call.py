@@ -189,6 +189,11 @@ def _operate(operator: Any, layer: Any, layout: TokenLayout, call: Attention) ->
         groups = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
     output = operator(query, key, value, layout, scale=call.scale, **options)
+    expected = (*query.shape[:3], value.shape[3])
+    if tuple(output.shape) != expected:
+        raise PatchError(
+            f"patch: {operator} must return {expected} for {layer.name!r}, got {tuple(output.shape)}: mend its __call__"
+        )
     return output[:, layout.image_slice] if image_queries else output
 
 

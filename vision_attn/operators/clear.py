@@ -95,7 +95,8 @@ def clear_attention(
         text_tokens: Tokens that everyone sees and that see everyone.
         text_first: Whether text stands before the image tokens (FLUX) or after them (SD3).
         down_factor: Side `f` of the cells pooled into one extra key and value; 1 for none. On a `(T, Y, X)` grid
-            each frame is pooled by itself. Cells cut by the border pool the tokens they hold.
+            each frame is pooled by itself. Cells cut by the border pool the tokens they hold, with weights
+            rescaled to the sum of a whole cell's, by at most `f^2`.
         spatial_weight: `(1, 1, 1, f, 1, f, 1)` or `(f, f)`, row then column inside the cell; None is the mean.
         scale: Factor on the logits; None is `D ** -0.5`.
         return_lse: Also return the natural log-sum-exp.
@@ -221,7 +222,11 @@ class Clear:
         spatial_weight: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
+        """Attention on `[B, S, H, D]` with `S = layout.tokens`.
+
+        Raises UnsupportedError for a mask it cannot honour: one that differs between image queries or heads, or, with
+        pooled keys, one that touches image keys.
+        """
         query, key, value = autocast(query, key, value)
         check_joint_inputs("Clear", query, key, value, layout)
         if self.proportional:

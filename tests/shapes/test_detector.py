@@ -103,6 +103,15 @@ def test_empty_noisy_and_broken_pictures() -> None:
     assert [item.shape for item in detect(bar)] == [None]
 
 
+@pytest.mark.parametrize("stretch, shape", [(1.0, "circle"), (1.3, "circle"), (1.7, None), (2.5, None)])
+def test_a_stretched_circle_is_no_circle(stretch: float, shape: str | None) -> None:
+    rows, columns = np.mgrid[:64, :80] + 0.5
+    distance = np.hypot((rows - 30) * stretch**0.5, (columns - 41) / stretch**0.5)
+    alpha = np.clip(12.5 - distance, 0, 1)[..., None]
+    picture = 250 + alpha * (np.array([214, 40, 40]) - 250)
+    assert [item.shape for item in detect(picture.astype(np.uint8))] == [shape]
+
+
 def test_touching_objects_of_different_colors_are_told_apart() -> None:
     picture = np.full((48, 60, 3), 250.0)
     for color, column in (((214, 40, 40), 22.0), ((40, 84, 204), 38.0)):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 from vision_attn.shapes.model import build_pipeline
 from vision_attn.shapes.train import (
     Trainer,
     TrainingConfig,
+    build_optimizers,
     flow_shift,
     load_for_training,
     main,
@@ -28,6 +31,8 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.parameters] + trainer.average
 
 
+# torch's own remark on norms under autocast: they take the slower kernel.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_continued_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, precision: str) -> None:
     config = dataclasses.replace(TINY, precision=precision)
@@ -56,6 +61,27 @@ def test_training_moves_every_kind_of_weight() -> None:
         "text_encoder_2.shared.weight",
     ):
         assert not torch.equal(before[name], after[name]), name
+
+
+def test_every_weight_has_one_optimizer() -> None:
+    trainer = Trainer(build_pipeline(0), TINY)
+    muon, adamw = trainer.optimizers
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    given = [id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(given) == sorted(id(p) for p in trainer.parameters)
+    matrix = trainer.pipeline.transformer.single_transformer_blocks[0].attn.to_q.weight
+    assert id(matrix) in {id(p) for p in muon.param_groups[0]["params"]}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
+def test_compiled_blocks_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = FluxTransformer2DModel.compile_repeated_blocks
+    # Inductor takes minutes on one thread.
+    monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", partialmethod(stock, backend="aot_eager"))
+    eager, compiled = Trainer(build_pipeline(0), TINY), Trainer(build_pipeline(0), TINY, compiled=True)
+    for _ in range(2):  # the second loss has seen the gradients of the first step
+        assert compiled.train_step() == pytest.approx(eager.train_step(), rel=1e-4)
 
 
 def test_the_loss_of_an_untrained_model_is_the_size_of_its_target() -> None:
@@ -114,6 +140,12 @@ def test_a_shipped_model_can_be_trained_further(tiny_flux_folder: Path, tmp_path
     assert trained.transformer.dtype == torch.float32
     pairs = zip(trained.transformer.parameters(), shipped.transformer.parameters(), strict=True)
     assert max(float((a - b).detach().abs().max()) for a, b in pairs) > 0
+
+
+def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ImportError, match=r"build_optimizers: torch must be 2\.9 or newer for torch\.optim\.Muon, got"):
+        build_optimizers(torch.nn.Linear(2, 2), [], 1e-3)
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ tokens, 256x256 pixels are 64x64 tokens. Training used 12x12 to 64x64 tokens, mo
 Held-out seeds, each picture from noise of its own fixed seed, drawn by the stock pipeline with {steps} steps and judged
 by `vision_attn.shapes.detector` (color and geometry, no network; it reads rendered scenes without error). *Objects
 right*: exactly the named shapes in their colors, no more, no fewer. *Colors right*: the same of the colors alone.
-A shape counts from an overlap of 70 % with the ideal one, so distorted shapes pass: an ellipse 1.7 times as wide as
+A shape counts from an overlap of 80 % with the ideal one, so distorted shapes pass: an ellipse 1.5 times as wide as
 high is still a circle. The eye is stricter than these numbers.
 *Everything right*: objects, and the relation, sizes and background where the caption names them.
 

@@ -2,8 +2,8 @@
 
 Flow matching: `x = (1 - sigma) * latents + sigma * noise`, the transformer predicts `noise - latents`. Every random
 draw of a step comes from (seed, step) alone, so a run continues bit for bit from a checkpoint. Weights and optimizer
-state are float32; the transformer may compute in bfloat16. Pictures of several sizes are mixed, one size per step, with
-about the same number of tokens in each step.
+state are float32; the transformer may compute in bfloat16 (autocast). Pictures of several sizes are mixed, one size per
+step, with about the same number of tokens in each step.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 # (rows, columns) of the token grid, and its share of the steps before and after `_MIXED_FROM` of the run.
 _GRIDS: tuple[tuple[tuple[int, int], float, float], ...] = (
-    ((12, 12), 0.76, 0.50),
-    ((12, 16), 0.06, 0.05),
-    ((16, 12), 0.06, 0.05),
-    ((16, 16), 0.07, 0.10),
-    ((16, 24), 0.01, 0.03),
-    ((24, 16), 0.01, 0.03),
-    ((24, 24), 0.03, 0.08),
-    ((32, 32), 0.00, 0.10),
-    ((48, 48), 0.00, 0.03),
-    ((64, 64), 0.00, 0.03),
+    ((12, 12), 0.80, 0.30),
+    ((12, 16), 0.05, 0.05),
+    ((16, 12), 0.05, 0.05),
+    ((16, 16), 0.10, 0.10),
+    ((16, 24), 0.00, 0.04),
+    ((24, 16), 0.00, 0.04),
+    ((24, 24), 0.00, 0.14),
+    ((32, 32), 0.00, 0.14),
+    ((48, 48), 0.00, 0.10),
+    ((64, 64), 0.00, 0.04),
 )
-_MIXED_FROM = 0.8
+_MIXED_FROM = 0.5
 # Shares of the kinds of scene (one, two, relation, many) in the first `_SIMPLE_UNTIL` of the run and after it.
 _SIMPLE_KINDS = (0.45, 0.35, 0.15, 0.05)
 _ALL_KINDS = (0.20, 0.40, 0.28, 0.12)
@@ -57,11 +57,11 @@ _CHECKPOINT = "checkpoint.pt"
 class TrainingConfig:
     """Everything that decides the weights of a run; sizes in tokens, `steps` is the length of the whole run."""
 
-    steps: int = 4000
+    steps: int = 5000
     seed: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.2e-3
     warmup_steps: int = 100
-    tokens_per_step: int = 4032
+    tokens_per_step: int = 4704
     ema_decay: float = 0.998
     precision: str = "bfloat16"
     # Where the schedule of kinds and sizes starts: 0 for a new model, 1 to refine one that has seen everything.
@@ -78,7 +78,7 @@ class TrainingConfig:
             )
         if self.tokens_per_step < 12 * 12 + MAX_SEQUENCE_LENGTH:
             raise ValueError(
-                f"TrainingConfig: tokens_per_step must be at least 168, got {self.tokens_per_step}: use 4032"
+                f"TrainingConfig: tokens_per_step must be at least 168, got {self.tokens_per_step}: use 4704"
             )
 
     def learning_rate_at(self, step: int) -> float:
@@ -133,19 +133,58 @@ def sample_batch(pipeline: FluxPipeline, config: TrainingConfig, step: int) -> B
     return Batch(packed, captions, grid)
 
 
-class Trainer:
-    """Trains the transformer and both text encoders of a pipeline in place."""
+def build_optimizers(
+    transformer: nn.Module, parameters: list[Tensor], learning_rate: float
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else.
 
-    def __init__(self, pipeline: FluxPipeline, config: TrainingConfig) -> None:
+    From step 125 on, a step with Muon lowered the loss as much as 1.5 steps with AdamW and took 1.2 times as long.
+
+    Args:
+        transformer: whose blocks' matrices Muon takes.
+        parameters: all that is trained.
+        learning_rate: of both: Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982).
+
+    Raises:
+        ImportError: a torch without Muon.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(
+            f"build_optimizers: torch must be 2.9 or newer for torch.optim.Muon, got {torch.__version__}: "
+            "pip install --upgrade torch"
+        )
+    matrices = [p for name, p in transformer.named_parameters() if "transformer_blocks" in name and p.ndim == 2]
+    taken = set(map(id, matrices))
+    return (
+        torch.optim.Muon(matrices, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [p for p in parameters if id(p) not in taken], learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        ),
+    )
+
+
+class Trainer:
+    """Trains the transformer and both text encoders of a pipeline in place.
+
+    Args:
+        pipeline: a pipeline in float32.
+        config: what decides the weights.
+        compiled: compile the transformer's blocks, once per token grid: on two CPU cores 25 s and a step takes two
+            thirds of the time. Sums are then taken in another order, so weights differ from those of an eager run.
+    """
+
+    def __init__(self, pipeline: FluxPipeline, config: TrainingConfig, compiled: bool = False) -> None:
         self.pipeline, self.config, self.step = pipeline, config, 0
         self.modules = nn.ModuleDict(
             {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
         ).train()
         self.parameters: list[Tensor] = list(self.modules.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        dtype = getattr(torch, config.precision)
-        self.compute = pipeline.transformer if dtype == torch.float32 else copy.deepcopy(pipeline.transformer).to(dtype)
+        self.optimizers = build_optimizers(pipeline.transformer, self.parameters, config.learning_rate)
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16")
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(_GRIDS))
+            pipeline.transformer.compile_repeated_blocks(dynamic=False)
 
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Token sequence `[B, 24, 128]` and pooled vector `[B, 64]` as the pipeline computes them, with gradients."""
@@ -160,22 +199,20 @@ class Trainer:
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean squared error of the predicted velocity."""
-        dtype = self.compute.dtype
         count, tokens, _ = batch.latents.shape
         noise = torch.randn(batch.latents.shape, generator=generator)
         shift = flow_shift(tokens)
         sigma = torch.sigmoid(torch.randn(count, generator=generator))  # logit-normal times
-        # The transformer reads sigma in its own dtype: round first, so that the noise level is the one it is told.
-        sigma = (shift * sigma / (1 + (shift - 1) * sigma)).to(dtype)
-        level = sigma.float()[:, None, None]
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        level = sigma[:, None, None]
         noisy = (1 - level) * batch.latents + level * noise
         sequence, pooled = self.embed(batch.captions)
-        with _attention_backend(tokens):
-            velocity = self.compute(
-                hidden_states=noisy.to(dtype),
+        with self.autocast, _attention_backend(tokens):
+            velocity = self.pipeline.transformer(
+                hidden_states=noisy,
                 timestep=sigma,
-                pooled_projections=pooled.to(dtype),
-                encoder_hidden_states=sequence.to(dtype),
+                pooled_projections=pooled,
+                encoder_hidden_states=sequence,
                 txt_ids=torch.zeros(sequence.shape[1], 3),
                 img_ids=self.pipeline._prepare_latent_image_ids(count, *batch.grid, "cpu", torch.float32),
                 return_dict=False,
@@ -186,21 +223,14 @@ class Trainer:
         """One optimizer step; returns its loss."""
         batch = sample_batch(self.pipeline, self.config, self.step)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        copied = self.compute is not self.pipeline.transformer
-        if copied:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.compute.parameters()), list(self.pipeline.transformer.parameters()))
         loss = self.loss(batch, generator)
         loss.backward()
-        if copied:
-            for master, working in zip(self.pipeline.transformer.parameters(), self.compute.parameters(), strict=True):
-                master.grad = None if working.grad is None else working.grad.float()
-                working.grad = None
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.learning_rate_at(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.config.ema_decay, self.step / (self.step + 10))
         with torch.no_grad():
@@ -222,7 +252,7 @@ class Trainer:
             "step": self.step,
             "modules": self.modules.state_dict(),
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -246,7 +276,8 @@ class Trainer:
         self.step = state["step"]
         self.modules.load_state_dict(state["modules"])
         self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def _attention_backend(tokens: int) -> AbstractContextManager[Any]:
@@ -326,6 +357,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
     parser.add_argument("--score-every", type=int, default=250, help="steps between detector scores, 0 for none")
     parser.add_argument("--threads", type=int, help="threads of PyTorch")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer's blocks (needs a C++ compiler)"
+    )
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -340,7 +374,9 @@ def main(arguments: list[str] | None = None) -> None:
         curriculum_start=float(options.init_from is not None) if start is None else start,
     )
     trainer = Trainer(
-        load_for_training(options.init_from) if options.init_from else build_pipeline(config.seed), config
+        load_for_training(options.init_from) if options.init_from else build_pipeline(config.seed),
+        config,
+        compiled=options.compile,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

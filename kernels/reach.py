@@ -37,7 +37,7 @@ class Box:
     def axis_windows(self, axis: int) -> tuple[Tensor, Tensor]:
         """First key and number of keys (spaced by `dilation`) of each query on `axis`: two int64 `[grid[axis]]`."""
         n, k, s, d = self.grid[axis], self.kernel_size[axis], self.stride[axis], self.dilation[axis]
-        query = torch.arange(n)
+        query = torch.arange(n, device="cpu")
         residue, j = query % d, query // d
         length = n // d + (residue < n % d).long()  # of the query's dilation group
         if self.is_causal[axis]:
@@ -99,13 +99,21 @@ class Ball:
         return (1,) * len(self.grid)
 
     @property
+    def limit(self) -> int:
+        """Squared distances below this integer are seen: they are integers, so it is `radius ** 2` rounded up.
+
+        Comparing integer tensors with the float itself would round it to float32.
+        """
+        return math.ceil(self.radius**2)
+
+    @property
     def extent(self) -> int:
         """Largest distance along one axis, in tokens."""
-        return min(math.ceil(self.radius) - 1, max(self.grid))
+        return min(math.isqrt(self.limit - 1), max(self.grid))
 
     def axis_windows(self, axis: int) -> tuple[Tensor, Tensor]:
         """First key and number of keys of the box around the ball, for each query on `axis`."""
-        query = torch.arange(self.grid[axis])
+        query = torch.arange(self.grid[axis], device="cpu")
         first = (query - self.extent).clamp(min=0)
         last = (query + self.extent).clamp(max=self.grid[axis] - 1)
         return first, last - first + 1
@@ -113,13 +121,13 @@ class Ball:
     @property
     def is_dense(self) -> bool:
         """Whether every query sees every key."""
-        return sum((n - 1) ** 2 for n in self.grid) < self.radius**2
+        return sum((n - 1) ** 2 for n in self.grid) < self.limit
 
     def mask(self, device: torch.device | None = None) -> Tensor:
         """Bool `[N, N]` over the flattened grid, True where the row's query sees the column's key. For oracles."""
         position = torch.cartesian_prod(*(torch.arange(n, device=device) for n in self.grid)).view(-1, len(self.grid))
         offset = position.unsqueeze(1) - position.unsqueeze(0)
-        return offset.square().sum(-1) < self.radius**2
+        return offset.square().sum(-1) < self.limit
 
     def count(self) -> int:
         """Number of True entries of `mask`, without building it."""
@@ -128,7 +136,7 @@ class Ball:
             offset = torch.arange(-min(self.extent, n - 1), min(self.extent, n - 1) + 1)
             squares = (squares[:, None] + offset.square()).flatten()
             weights = (weights[:, None] * (n - offset.abs())).flatten()
-        return int(weights[squares < self.radius**2].sum())
+        return int(weights[squares < self.limit].sum())
 
 
 Reach = Box | Ball

@@ -1,6 +1,11 @@
 """TokenLayout: where the grid stands, and what it refuses."""
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
+import torch
 
 import vision_attn as va
 
@@ -13,6 +18,13 @@ def test_counts_and_slice():
     assert hash(layout) == hash(va.TokenLayout((2, 3, 5), 4, 1))
 
 
+def test_sizes_of_other_libraries_become_plain_integers():
+    layout = va.TokenLayout((np.int64(2), torch.tensor(3)), text_before=np.int32(4))
+    assert [type(size) for size in (*layout.grid, layout.text_before)] == [int] * 3
+    assert layout == va.TokenLayout((2, 3), 4)
+    json.dumps(dataclasses.asdict(va.Clear(2).cost(layout, 1, 8)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -21,6 +33,7 @@ def test_counts_and_slice():
         (((0, 3),), ValueError, r"TokenLayout: grid must have axes of at least 1 token, got \(0, 3\)"),
         (((2.5, 3),), TypeError, r"TokenLayout: grid must be made of integers, got \(2.5, 3\)"),
         (((True, 3),), TypeError, r"TokenLayout: grid must be made of integers, got \(True, 3\)"),
+        (((torch.tensor(2.0), 3),), TypeError, "TokenLayout: grid must be made of integers, got"),
         ((12,), TypeError, r"TokenLayout: grid must be a tuple \(Y, X\), got 12"),
         ((None,), TypeError, r"TokenLayout: grid must be a tuple \(Y, X\), got None"),
         (((2, 3), -1), ValueError, "TokenLayout: text_before must be at least 0, got -1"),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,15 @@ class TokenLayout:
     def __post_init__(self) -> None:
         if not isinstance(self.grid, Sequence):
             raise TypeError(f"TokenLayout: grid must be a tuple (Y, X), got {self.grid!r}")
-        object.__setattr__(self, "grid", tuple(self.grid))
+        object.__setattr__(self, "grid", tuple(_integer("grid", self.grid, size) for size in self.grid))
         if not 1 <= len(self.grid) <= 3:
             raise ValueError(f"TokenLayout: grid must have 1 to 3 axes, got {self.grid}: use (Y, X) or (T, Y, X)")
         for size in self.grid:
-            _require_integer("grid", self.grid, size)
             if size < 1:
                 raise ValueError(f"TokenLayout: grid must have axes of at least 1 token, got {self.grid}")
         for name in ("text_before", "text_after"):
-            count = getattr(self, name)
-            _require_integer(name, count, count)
+            count = _integer(name, getattr(self, name), getattr(self, name))
+            object.__setattr__(self, name, count)
             if count < 0:
                 raise ValueError(f"TokenLayout: {name} must be at least 0, got {count}")
 
@@ -79,7 +82,14 @@ class TokenLayout:
             )
 
 
-def _require_integer(name: str, given: object, size: object) -> None:
-    # Symbolic sizes under torch.compile are not `int` but support the index protocol.
-    if isinstance(size, bool) or not hasattr(size, "__index__"):
-        raise TypeError(f"TokenLayout: {name} must be made of integers, got {given!r}")
+def _integer(name: str, given: object, size: Any) -> Any:
+    """A plain int of numpy's and others; symbolic sizes under torch.compile stay what they are."""
+    problem = f"TokenLayout: {name} must be made of integers, got {given!r}"
+    if isinstance(size, bool):
+        raise TypeError(problem)
+    if isinstance(size, (int, torch.SymInt)):
+        return size
+    try:
+        return operator.index(size)
+    except TypeError:
+        raise TypeError(problem) from None

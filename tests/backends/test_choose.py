@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import shutil
 import sys
 import types
 
@@ -67,6 +68,25 @@ def test_natten_is_called_on_the_grid_and_joined_with_extra_keys(monkeypatch):
         va.clear_attention(X.flatten(1, 2), X.flatten(1, 2), X.flatten(1, 2), grid=(6, 7), radius=2, backend="natten")
 
 
+def test_natten_scale_of_zero_and_lost_gradients(monkeypatch):
+    def na2d(query, key, value, scale=None, **window):
+        return va.na2d(query, key, value, scale=scale or 8**-0.5, **window, backend="dense")  # as natten reads 0
+
+    fake_natten(monkeypatch, HAS_LIBNATTEN=True, na2d=na2d)
+    torch.testing.assert_close(va.na2d(X, X, X, 3, scale=0, backend="natten"), va.na2d(X, X, X, 3, scale=0))
+    extra = {"additional_keys": X[:, 0], "additional_values": X[:, 1]}
+    with pytest.raises(NotImplementedError, match="backend='natten' has no gradient through extra keys or the log-sum"):
+        va.na2d(X.clone().requires_grad_(), X, X, 3, **extra, backend="natten")
+
+
+def test_flex_without_a_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert va.backends()["flex"].startswith("torch compiles it with a C++ compiler and finds none: install g++")
+    with pytest.raises(RuntimeError, match="na2d: backend='flex' cannot be used here: torch compiles it with a C"):
+        va.na2d(X, X, X, 3, backend="flex")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_flex_equals_dense_and_refuses_what_torch_cannot_do():
@@ -90,3 +110,8 @@ def test_flex_equals_dense_and_refuses_what_torch_cannot_do():
         NotImplementedError, match="backend='flex' has no backward pass on the CPU: use backend='tiled'"
     ):
         va.na2d(q.requires_grad_(), k, v, 3, backend="flex")
+    learned = torch.full((2, 2), 0.25, requires_grad=True)  # of pooled keys
+    with pytest.raises(
+        NotImplementedError, match="backend='flex' has no backward pass on the CPU: use backend='tiled'"
+    ):
+        va.clear_attention(*flat, **clear, spatial_weight=learned, backend="flex")

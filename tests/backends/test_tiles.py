@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vision_attn.backends.tiles import MAX_TILE_TOKENS, choose_tile, plan
+from vision_attn.backends.tiles import MAX_TILE_TOKENS, axis_classes, choose_tile, plan
 from vision_attn.kernels.reach import Ball, Box
 
 
@@ -58,6 +58,16 @@ def test_chosen_tiles_fit_the_limits(reach):
     tile = choose_tile(reach)
     assert math.prod(tile) <= MAX_TILE_TOKENS
     assert all(1 <= size <= n for size, n in zip(tile, reach.grid, strict=True))
+
+
+def test_a_plan_of_a_long_row_is_small():
+    plan.cache_clear()
+    axis_classes.cache_clear()
+    groups = plan(Box((32768,), (2048,), (1,), (1,), (False,)))
+    stored = sum(x.numel() for g in groups for axis in g.axes for x in (axis.first_query, axis.first_key, axis.allowed))
+    assert stored < 4 * MAX_TILE_TOKENS * 4096  # a few masks of one tile; 32768 / 256 tiles list no keys
+    assert sum(g.tiles * g.queries for g in groups) == 32768
+    assert max(g.keys for g in groups) <= 2048 + MAX_TILE_TOKENS
 
 
 def test_a_window_in_two_dimensions_touches_few_keys():

@@ -278,6 +278,47 @@ def test_cells_left_without_mass_stay_finite(weight):
     assert torch.isfinite(torch.autograd.grad(out.sum(), w)[0]).all()
 
 
+def test_a_small_share_of_positive_weights_is_rescaled_exactly():
+    weight = torch.tensor([[0.1, 0.3], [0.3, 0.3]], dtype=torch.float64)  # the one token that is held weighs least
+    q, k, _ = qkv((1, 1), 0)
+    ones = torch.ones_like(k)
+    out = va.clear_attention(q, k, ones, grid=(1, 1), radius=1, down_factor=2, spatial_weight=weight)
+    torch.testing.assert_close(out, torch.ones_like(out))  # a window key and a pooled key, both with value 1
+
+
+def test_whole_cells_keep_weights_whose_sum_is_zero():
+    weight = torch.tensor([[0.1, 0.2], [-0.3, 0.0]], dtype=torch.float64)
+    q, k, v = qkv((5, 5), 0)
+    arguments = {"radius": 1, "down_factor": 2, "spatial_weight": weight, "return_lse": True}
+    _, cut = va.clear_attention(q, k, v, grid=(5, 5), **arguments)
+    interior = (
+        k.unflatten(1, (5, 5))[:, :4, :4].unflatten(1, (2, 2)).unflatten(3, (2, 2)) * weight[:, None, :, None, None]
+    ).sum((2, 4))
+    rows = torch.cat([k[:, [12]], interior.flatten(1, 2), k.new_zeros(k.shape[0], 5, *k.shape[2:])], 1)
+    torch.testing.assert_close(cut[:, 12], oracle.attention(q[:, [12]], rows, rows)[1][:, 0])
+
+
+def test_pooling_on_a_row_of_tokens_is_pooling_on_a_grid_of_one_row():
+    q, k, v = qkv((1, 9), 3)
+    op = va.Clear(2, down_factor=2)
+    row, grid = va.TokenLayout((9,), text_before=3), va.TokenLayout((1, 9), text_before=3)
+    torch.testing.assert_close(op(q, k, v, row), op(q, k, v, grid))
+    assert op.cost(row, 2, 4).flops == op.cost(grid, 2, 4).flops
+
+
+@pytest.mark.parametrize("radius", [math.sqrt(5), 1.0000000001, 1.0, math.nextafter(3.0, 4.0)])
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_radii_are_compared_in_double_precision(backend, radius):
+    q, k, v = qkv((3, 5), 1)
+    position = torch.cartesian_prod(torch.arange(3.0, dtype=torch.float64), torch.arange(5.0, dtype=torch.float64))
+    visible = (position[:, None] - position).square().sum(-1) < torch.tensor(radius, dtype=torch.float64) ** 2
+    layout = va.TokenLayout((3, 5), 1)
+    assert torch.equal(va.Clear(radius).mask(layout), oracle.joint_mask(visible, 1, 0))
+    assert va.Clear(radius).cost(layout, 1, 1).flops == 4 * (int(visible.sum()) + 15 + 16)
+    out = va.clear_attention(q, k, v, grid=(3, 5), radius=radius, text_tokens=1, backend=backend)
+    torch.testing.assert_close(out, oracle.attention(q, k, v, oracle.joint_mask(visible, 1, 0))[0])
+
+
 @pytest.mark.parametrize(("radius", "same"), [(1e300, 1000), (1e9, 1000), (10**200, 1000), (1e-200, 1), (0.3, 1)])
 def test_extreme_radii_see_everything_or_the_token_itself(radius, same):
     q, k, v = qkv((4, 6), 2)
@@ -386,6 +427,9 @@ X = torch.zeros(2, 5 + 24, 4, 6)
         ({"down_factor": 2, "spatial_weight": torch.ones(3, 2)}, ValueError, r"spatial_weight must have shape \(2, 2\) or .* got \(3, 2\)"),
         ({"down_factor": 2, "spatial_weight": torch.ones(2, 2, device="meta")}, ValueError, "clear_attention: spatial_weight must be on the key's device cpu, got meta"),
         ({"down_factor": 2, "spatial_weight": torch.ones(2, 2, dtype=torch.long)}, TypeError, "clear_attention: spatial_weight must be floating point of 16 to 64 bits, got torch.int64"),
+        ({"text_first": "after"}, TypeError, "clear_attention: text_first must be True or False, got 'after'"),
+        ({"text_first": 1}, TypeError, "clear_attention: text_first must be True or False, got 1"),
+        ({"down_factor": 2, "spatial_weight": torch.ones(2, 2).to_sparse()}, ValueError, "clear_attention: spatial_weight must be a dense tensor, got torch.sparse_coo"),
         ({"grid": 24}, TypeError, "clear_attention: grid must be a tuple .* got 24"),
         ({"grid": None}, TypeError, "clear_attention: grid must be a tuple .* got None"),
         ({"radius": 10**400}, ValueError, "clear_attention: radius must be above 0 and finite, got 1000"),
@@ -416,7 +460,7 @@ def test_operator_refuses_bad_values(values, error, message):
         va.Clear(**values)
 
 
-@pytest.mark.parametrize("arguments", [("a", 3), (64, None), (64, math.inf), (64, 10, True)])
+@pytest.mark.parametrize("arguments", [("a", 3), (64, None), (64, math.inf), (64, 10, True), (64, 10**400)])
 def test_proportional_scale_refuses_what_is_no_number(arguments):
     with pytest.raises(TypeError, match=r"proportional_scale: .* must be a finite number, got"):
         va.proportional_scale(*arguments)

@@ -1,10 +1,13 @@
 """Masks of the models' own: key padding and per-text-row masks are honoured, everything else is refused."""
 
+import math
+
 import oracle
 import pytest
 import torch
 
 import vision_attn as va
+from vision_attn.errors import UnsupportedError
 
 LAYOUT = va.TokenLayout((4, 6), text_before=3, text_after=2)
 POOLED = va.Clear(2, down_factor=2)
@@ -119,6 +122,85 @@ def test_a_sequence_of_another_length_is_refused(op):
     x = torch.zeros(1, 28, 1, 4)
     with pytest.raises(ValueError, match=r"query must have 29 tokens \(3 before, grid \(4, 6\), 2 after\), got 28"):
         op(x, x, x, LAYOUT)
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("hidden", [slice(None), slice(3, None)], ids=["all", "window"])
+def test_gradients_ignore_a_padded_batch_item(backend, hidden):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    mask = torch.ones(2, 1, 1, 29, dtype=torch.bool)
+    mask[0, ..., hidden] = False
+    out = va.Clear(2)(q, k, v, LAYOUT, attn_mask=mask, backend=backend)
+    for grad in torch.autograd.grad(out[1].sum(), [q, k, v]):
+        assert torch.isfinite(grad).all()
+        assert not grad[0].any()
+
+
+def test_a_mask_that_needs_a_gradient_is_refused():
+    q, k, v = qkv()
+    mask = torch.zeros(1, 1, 1, 29, dtype=q.dtype, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="Neighborhood: attn_mask must not need a gradient"):
+        va.Neighborhood(3)(q, k, v, LAYOUT, attn_mask=mask)
+    with torch.no_grad():
+        va.Neighborhood(3)(q, k, v, LAYOUT, attn_mask=mask)
+
+
+@pytest.mark.parametrize("op", [va.Dense(), va.Clear(2)])
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(3, 3), ValueError, r"attn_mask must broadcast to \(2, \d, 29, 29\), got shape \(3, 3\)"),
+        (torch.ones(1, 29, device="meta"), ValueError, "attn_mask must be on the query's device cpu, got meta"),
+        (torch.ones(1, 29, dtype=torch.long), UnsupportedError, "attn_mask must be bool or floating point, got torch.int64"),
+        ("all", TypeError, "attn_mask must be a tensor or None, got 'all'"),
+    ],
+)  # fmt: skip
+def test_bad_masks_are_named_by_every_operator(op, mask, error, message):
+    with pytest.raises(error, match=f"{type(op).__name__}: {message}"):
+        op(*qkv(), LAYOUT, attn_mask=mask)
+
+
+@pytest.mark.parametrize("op", [va.Dense(), va.Clear(9)])
+def test_masks_of_one_axis_and_other_precisions_are_honoured(op):
+    q, k, v = qkv()
+    bias = torch.linspace(-2, 2, 29, dtype=q.dtype)
+    truth = op(q, k, v, LAYOUT, attn_mask=bias.view(1, 1, 1, 29))
+    torch.testing.assert_close(op(q, k, v, LAYOUT, attn_mask=bias), truth)
+    torch.testing.assert_close(op(q, k, v, LAYOUT, attn_mask=bias.float()), truth, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("op", [va.Dense(), va.Clear(9)])
+def test_the_lowest_float_hides_all_keys_alike_in_half_precision(op):
+    # As stock attention on fully padded prompts: what it is without a mask, to the rounding of such sums; not zeros.
+    q, k, v = (x.half() for x in qkv())
+    lowest = torch.full((1, 29), torch.finfo(torch.float32).min)
+    out = op(q, k, v, LAYOUT, attn_mask=lowest)
+    torch.testing.assert_close(out, op(q, k, v, LAYOUT), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("scale", ["a", math.nan, True])
+def test_dense_refuses_scales_as_others_do(scale):
+    with pytest.raises((TypeError, ValueError), match=f"Dense: scale must be .* got {scale!r}"):
+        va.Dense()(*qkv(), LAYOUT, scale=scale)
+
+
+def test_several_scales_compile():
+    torch._dynamo.reset()
+    q, k, v = qkv()
+    compiled = torch.compile(lambda s: va.Neighborhood(3)(q, k, v, LAYOUT, s), fullgraph=True, backend="aot_eager")
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(scale), va.Neighborhood(3)(q, k, v, LAYOUT, scale))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
+def test_forward_mode_derivatives_are_refused_not_zero():
+    q, k, v = qkv()
+    with pytest.raises(
+        NotImplementedError, match="backend='tiled' has no forward-mode derivative: use backend='dense'"
+    ):
+        torch.func.jvp(lambda x: va.Clear(2)(x, k, v, LAYOUT), (q,), (torch.ones_like(q),))
+    tangent = torch.func.jvp(lambda x: va.Clear(2)(q, k, x, LAYOUT, backend="dense"), (v,), (torch.ones_like(v),))[1]
+    torch.testing.assert_close(tangent, torch.ones_like(tangent))  # rows of attention weights sum to 1
 
 
 def test_meta_test_the_oracle_can_fail():

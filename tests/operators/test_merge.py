@@ -46,6 +46,16 @@ def test_gradients_reach_outputs_and_log_sum_exps():
     assert torch.autograd.gradcheck(lambda a, b, c, d: va.merge_attention([a, b], [c, d]), tensors)
 
 
+def test_gradients_are_finite_where_no_part_has_keys():
+    outputs = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    lses = [torch.full((1, 2, 3), -torch.inf, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    merged, lse = va.merge_attention(outputs, lses)
+    assert torch.equal(merged, torch.zeros_like(merged))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+    for grad in torch.autograd.grad(merged.sum(), [*outputs, *lses]):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
 def test_output_keeps_its_dtype():
     out, lse = torch.randn(1, 2, 1, 3, dtype=torch.bfloat16), torch.randn(1, 2, 1)
     merged, merged_lse = va.merge_attention([out, out], [lse, lse])
@@ -62,6 +72,8 @@ OUT, LSE = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
         ([OUT], [LSE, LSE], ValueError, "merge_attention: outputs and lses must be equally many, .* got 1 and 2"),
         ([OUT, 3], [LSE, LSE], TypeError, "merge_attention: outputs must be tensors, got int"),
         ([OUT, OUT[:, :1]], [LSE, LSE], ValueError, r"outputs must all be \(1, 2, 3, 4\) .* got \(1, 1, 3, 4\)"),
+        ([OUT, OUT.to("meta")], [LSE, LSE], ValueError, "merge_attention: outputs must all be on cpu, got meta"),
+        ([OUT], [LSE.to("meta")], ValueError, "merge_attention: lses must all be on cpu, got meta"),
         ([OUT, OUT.half()], [LSE, LSE], ValueError, "outputs must all be .*float32, got .*float16"),
         (None, [LSE], TypeError, "merge_attention: outputs must be a list of tensors, got NoneType"),
         (

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,8 @@ def mean():
         va.Neighborhood(13),
         va.Neighborhood((3, 5), stride=(1, 2), dilation=2),
         va.Neighborhood([3, 5]),
+        va.Neighborhood(torch.Size([3, 5])),
+        va.Clear(np.float64(2.5)),
     ],
 )
 def test_text_form_round_trips(operator):

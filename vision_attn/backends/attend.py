@@ -137,7 +137,7 @@ def _attend_chunks(
     for rows in _query_chunks(query, key):
         logits = _logits(query, key, attn_mask, scale, rows)
         chunk_lse = logits.logsumexp(-1)
-        weights = (logits - _finite(chunk_lse).unsqueeze(-1)).exp()
+        weights = (logits - finite(chunk_lse).unsqueeze(-1)).exp()
         output[:, :, rows] = (weights @ value.to(wide)).to(query.dtype)
         lse[:, :, rows] = chunk_lse
     return output, lse
@@ -159,7 +159,7 @@ def attend_heads_backward(
     grad_q = torch.empty_like(query, dtype=wide, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (key, value))
     for rows in _query_chunks(query, key):
-        weights = (_logits(query, key, attn_mask, scale, rows) - _finite(lse[:, :, rows]).unsqueeze(-1)).exp()
+        weights = (_logits(query, key, attn_mask, scale, rows) - finite(lse[:, :, rows]).unsqueeze(-1)).exp()
         chunk_grad = grad_output[:, :, rows].to(wide)
         grad_v += weights.transpose(-1, -2) @ chunk_grad
         grad_logits = weights * (chunk_grad @ value.transpose(-1, -2) - delta[:, :, rows].unsqueeze(-1))
@@ -221,6 +221,14 @@ def _logits(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float, 
     return logits + (attn_mask[:, :, rows] if attn_mask.shape[2] > 1 else attn_mask)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    # A query without keys has lse = -inf; 0 in its place makes exp(-inf - 0) = 0 instead of NaN.
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """`x.logsumexp(dim)` whose gradient is zero, not NaN, where everything along `dim` is `-inf`."""
+    top = finite(x.detach().amax(dim, keepdim=True))
+    total = (x - top).exp().sum(dim)
+    empty = total == 0
+    return (top.squeeze(dim) + total.masked_fill(empty, 1.0).log()).masked_fill(empty, float("-inf"))
+
+
+def finite(lse: Tensor) -> Tensor:
+    """The log-sum-exp with 0 where a query has no keys: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)

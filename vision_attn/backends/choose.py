@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 
 import torch
 
@@ -52,7 +54,13 @@ def resolve(backend: str, where: str) -> str:
 
 
 def _why_not(backend: str) -> str | None:
-    return {"triton": _why_not_triton, "natten": _why_not_natten}.get(backend, lambda: None)()
+    return {"flex": _why_not_flex, "triton": _why_not_triton, "natten": _why_not_natten}.get(backend, lambda: None)()
+
+
+def _why_not_flex() -> str | None:
+    if torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        return None
+    return "torch compiles it with a C++ compiler and finds none: install g++, or set CXX"
 
 
 def _why_not_triton() -> str | None:

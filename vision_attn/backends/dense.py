@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vision_attn.backends.attend import accumulator
+from vision_attn.backends.attend import accumulator, finite, logsumexp
 from vision_attn.kernels.reach import Reach
 
 
@@ -24,9 +24,8 @@ def dense_attention(
         logits = logits.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         logits = logits + attn_mask.to(wide)
-    lse = logits.logsumexp(-1)
-    finite = lse.masked_fill(lse == float("-inf"), 0.0)
-    output = (logits - finite.unsqueeze(-1)).exp() @ v
+    lse = logsumexp(logits, -1)
+    output = (logits - finite(lse).unsqueeze(-1)).exp() @ v
     return output.transpose(1, 2).to(query.dtype), lse.transpose(1, 2)
 
 

@@ -1,7 +1,8 @@
 """Windowed attention through torch's compiled FlexAttention: a second opinion, and CLEAR's own engine.
 
-Its block masks grow with the square of the number of blocks and every new shape compiles anew; it exists for comparison
-and for GPUs without Triton kernels of ours. No backward pass on the CPU (PyTorch's own limit).
+Making a block mask takes memory quadratic in the tokens (`create_block_mask` evaluates the whole mask) and every new
+shape compiles anew; it exists for comparison and for GPUs without Triton kernels of ours. On the CPU it needs a C++
+compiler and has no backward pass (PyTorch's own limits).
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def flex_windowed(
         NotImplementedError: on the CPU, a gradient or the log-sum-exp is asked for.
     """
     on_cpu = query.device.type == "cpu"
-    _check_torch_can(on_cpu, torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)), return_lse)
     key = torch.cat([key, *(extra_key for extra_key, _, _ in extra)], 1)
     value = torch.cat([value, *(extra_value for _, extra_value, _ in extra)], 1)
+    _check_torch_can(on_cpu, torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)), return_lse)
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    mask = block_mask(reach, k.shape[2] - q.shape[2], query.device.type)
+    mask = block_mask(reach, k.shape[2] - q.shape[2], str(query.device))
     call = _compiled()
     grouped = q.shape[1] != k.shape[1]
     if on_cpu:
@@ -75,7 +76,7 @@ def mask_mod(reach: Reach, device: str) -> Any:
     if isinstance(reach, Ball):
 
         def ball(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return sum((x[q_idx] - x[kv_idx]) ** 2 for x in coordinates) < reach.radius**2  # type: ignore[return-value]
+            return sum((x[q_idx] - x[kv_idx]) ** 2 for x in coordinates) < reach.limit  # type: ignore[return-value]
 
         return ball
     windows = [tuple(x.to(device) for x in reach.axis_windows(axis)) for axis in range(len(reach.grid))]

@@ -11,6 +11,8 @@ def natten_windowed(query: Tensor, key: Tensor, value: Tensor, reach: Box, scale
     """Neighborhood attention by `natten.na1d/na2d/na3d`; arguments as `window_attention`, boxes only."""
     import natten
 
+    if scale == 0:  # natten reads 0 as "not given"
+        query, scale = query * 0, 1.0
     call = getattr(natten, f"na{len(reach.grid)}d")
     on_grid = (x.unflatten(1, reach.grid).contiguous() for x in (query, key, value))
     output, lse = call(

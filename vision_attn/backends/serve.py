@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils._pytree import tree_leaves
 
-from vision_attn.backends.attend import accumulator, attend
+from vision_attn.backends.attend import accumulator, attend, finite, logsumexp
 from vision_attn.backends.dense import dense_attention, dense_windowed
 from vision_attn.backends.flex import flex_windowed
 from vision_attn.backends.natten import natten_windowed
@@ -46,8 +48,12 @@ def windowed(
     Raises:
         NotImplementedError: the backend has no such feature.
     """
+    _refuse_forward_mode(backend, query, key, value)
     if backend not in ("dense", "tiled") and any(bias is not None for bias in (key_bias, *(e[2] for e in extra))):
         raise NotImplementedError(f"backend={backend!r} takes no mask: use backend='tiled'")
+    if backend == "natten" and _needs_gradient(query, key, value, extra) and (extra or return_lse):
+        # Its fused backward pass drops the gradient of the log-sum-exp, which the merge needs.
+        raise NotImplementedError("backend='natten' has no gradient through extra keys or the log-sum-exp: use 'tiled'")
     if backend == "flex":
         return flex_windowed(query, key, value, reach, scale, extra, return_lse)
     parts = [_window_part(query, key, value, reach, scale, key_bias, backend)]
@@ -58,12 +64,26 @@ def windowed(
     return parts[0] if len(parts) == 1 else merge(*zip(*parts, strict=True))
 
 
+def _needs_gradient(*tensors: object) -> bool:
+    flat = tree_leaves(tensors)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
+
+
+def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
+    """Custom ops have no forward-mode derivative, and torch would take zero for it without a word."""
+    if backend == "dense" or torch.compiler.is_compiling():
+        return
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"backend={backend!r} has no forward-mode derivative: use backend='dense'")
+
+
 def full(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, *, backend: str = "tiled"
 ) -> tuple[Tensor, Tensor]:
     """Attention over all keys, with an additive mask broadcastable to `[B, H, Sq, Sk]`; output and log-sum-exp."""
     if backend == "dense":
         return dense_attention(query, key, value, attn_mask, scale)
+    _refuse_forward_mode(backend, query, key, value)
     return attend(query, key, value, attn_mask, scale)
 
 
@@ -74,8 +94,8 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
     """
     wide = accumulator(outputs[0].dtype)
     stacked = torch.stack(tuple(lses)).to(wide)
-    lse = stacked.logsumexp(0)
-    weights = (stacked - lse.masked_fill(lse == float("-inf"), 0.0)).exp().unsqueeze(-1)
+    lse = logsumexp(stacked, 0)
+    weights = (stacked - finite(lse)).exp().unsqueeze(-1)
     output = sum(w * o.to(wide) for w, o in zip(weights, outputs, strict=True))
     assert isinstance(output, Tensor)
     return output.to(outputs[0].dtype), lse

@@ -31,14 +31,31 @@ class AxisClass:
     """Tiles of one axis that see their keys alike.
 
     Attributes:
-        queries: int64 `[tiles, queries]`, positions on the axis.
-        keys: int64 `[tiles, keys]`, positions on the axis of all keys that any query of the tile reaches.
+        first_query: int64 `[tiles]`, position on the axis.
+        first_key: int64 `[tiles]`, position on the axis of the first key that any query of the tile reaches.
+        step: Between neighbouring queries and keys of a tile.
         allowed: bool `[queries, keys]`, which query reaches which key on this axis.
     """
 
-    queries: Tensor
-    keys: Tensor
+    first_query: Tensor
+    first_key: Tensor
+    step: int
     allowed: Tensor
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the class."""
+        return len(self.first_query)
+
+    @property
+    def queries(self) -> int:
+        """Queries per tile."""
+        return self.allowed.shape[0]
+
+    @property
+    def keys(self) -> int:
+        """Keys per tile."""
+        return self.allowed.shape[1]
 
 
 @dataclass(frozen=True)
@@ -53,32 +70,34 @@ class TileGroup:
     @property
     def tiles(self) -> int:
         """Tiles of the group."""
-        return math.prod(len(axis.queries) for axis in self.axes)
+        return math.prod(axis.tiles for axis in self.axes)
 
     @property
     def queries(self) -> int:
         """Queries per tile."""
-        return math.prod(axis.queries.shape[1] for axis in self.axes)
+        return math.prod(axis.queries for axis in self.axes)
 
     @property
     def keys(self) -> int:
         """Keys per tile."""
-        return math.prod(axis.keys.shape[1] for axis in self.axes) if self.kept is None else len(self.kept)
+        return math.prod(axis.keys for axis in self.axes) if self.kept is None else len(self.kept)
 
     def query_rows(self) -> Tensor:
         """Flat token positions of all tiles' queries, `[tiles, queries]`."""
-        return self._rows([axis.queries for axis in self.axes], 0, self.tiles)
+        return self._rows([(axis.first_query, axis.queries) for axis in self.axes], 0, self.tiles)
 
     def key_rows(self, start: int, stop: int) -> Tensor:
         """Flat token positions of the keys of tiles `start..stop`, `[tiles, keys]`."""
-        rows = self._rows([axis.keys for axis in self.axes], start, stop)
+        rows = self._rows([(axis.first_key, axis.keys) for axis in self.axes], start, stop)
         return rows if self.kept is None else rows[:, self.kept]
 
-    def _rows(self, positions: list[Tensor], start: int, stop: int) -> Tensor:
-        flat = torch.zeros(stop - start, 1, dtype=torch.long)
-        members = _unravel(torch.arange(start, stop), tuple(len(p) for p in positions))
-        for axis_positions, size, member in zip(positions, self.grid, members, strict=True):
-            flat = _extend(flat, size, axis_positions[member])
+    def _rows(self, runs: list[tuple[Tensor, int]], start: int, stop: int) -> Tensor:
+        """Flat positions of tiles `start..stop`; a run per axis: the first position in every tile, and the length."""
+        flat = torch.zeros(stop - start, 1, dtype=torch.long, device="cpu")
+        members = _unravel(torch.arange(start, stop, device="cpu"), tuple(axis.tiles for axis in self.axes))
+        for axis, (first, length), size, member in zip(self.axes, runs, self.grid, members, strict=True):
+            positions = first[member].unsqueeze(1) + axis.step * torch.arange(length, device="cpu")
+            flat = (flat.unsqueeze(-1) * size + positions.unsqueeze(1)).flatten(1)
         return flat
 
 
@@ -105,36 +124,69 @@ def plan(reach: Reach, tile: tuple[int, ...] | None = None) -> tuple[TileGroup, 
 @lru_cache(maxsize=256)
 def axis_classes(reach: Reach, axis: int, size: int) -> tuple[AxisClass, ...]:
     """Split one axis into tiles of at most `size` queries of one dilation group, sorted into classes."""
-    first, count = (x.tolist() for x in reach.axis_windows(axis))
-    dilation, length = reach.dilation[axis], reach.grid[axis]
-    members: dict[tuple, list[tuple[range, range]]] = {}
-    for residue in range(min(dilation, length)):
-        group = range(residue, length, dilation)
-        for start in range(0, len(group), size):
-            queries = group[start : start + size]
-            low = min(first[q] for q in queries)
-            high = max(first[q] + dilation * count[q] for q in queries)
-            windows = tuple(((first[q] - low) // dilation, count[q]) for q in queries)
-            # A ball also needs the distances themselves, so where the keys stand relative to the queries.
-            signature = (windows, (queries[0] - low) if isinstance(reach, Ball) else None)
-            members.setdefault(signature, []).append((queries, range(low, high, dilation)))
-    return tuple(_axis_class(windows, tiles) for (windows, _), tiles in members.items())
+    classes = []
+    for tiles in _equal_tiles(reach, axis, size):
+        kinds, kind_of = tiles.kinds()
+        for kind, (first, count) in enumerate(tiles.windows[[_first(kind_of == k) for k in range(kinds)]]):
+            members = kind_of == kind
+            column = torch.arange(int((first + count).max()), device="cpu")
+            allowed = (column >= first.unsqueeze(1)) & (column < (first + count).unsqueeze(1))
+            classes.append(AxisClass(tiles.first_query[members], tiles.first_key[members], tiles.step, allowed))
+    return tuple(classes)
 
 
-def _axis_class(windows: tuple[tuple[int, int], ...], tiles: list[tuple[range, range]]) -> AxisClass:
-    queries = torch.tensor([list(queries) for queries, _ in tiles])
-    keys = torch.tensor([list(keys) for _, keys in tiles])
-    first, count = torch.tensor(windows).unsqueeze(-1).unbind(1)
-    column = torch.arange(keys.shape[1])
-    return AxisClass(queries, keys, (column >= first) & (column < first + count))
+@dataclass(frozen=True)
+class _EqualTiles:
+    """All tiles of an axis with the same number of queries.
+
+    Attributes:
+        first_query: int64 `[tiles]`.
+        first_key: int64 `[tiles]`.
+        windows: int64 `[tiles, 2, queries]`, each query's first key, counted from the tile's, and number of keys.
+        step: Between neighbouring queries and keys.
+        by_distance: Whether tiles are also told apart by where their keys stand relative to the queries.
+    """
+
+    first_query: Tensor
+    first_key: Tensor
+    windows: Tensor
+    step: int
+    by_distance: bool
+
+    def kinds(self) -> tuple[int, Tensor]:
+        """Number of kinds of tiles that see their keys alike, and the kind of each tile `[tiles]`."""
+        signature = self.windows.flatten(1)
+        if self.by_distance:
+            signature = torch.cat([signature, (self.first_query - self.first_key).unsqueeze(1)], 1)
+        unique, kind_of = signature.unique(dim=0, return_inverse=True)
+        return len(unique), kind_of
+
+
+def _equal_tiles(reach: Reach, axis: int, size: int) -> Iterator[_EqualTiles]:
+    """The tiles of one axis, by their number of queries: `size`, and what is left at the end of a dilation group."""
+    first, count = reach.axis_windows(axis)
+    step, length = reach.dilation[axis], reach.grid[axis]
+    by_length: dict[int, list[Tensor]] = {}
+    for residue in range(min(step, length)):
+        for tile in torch.arange(residue, length, step, device="cpu").split(size):
+            by_length.setdefault(len(tile), []).append(tile)
+    for tiles in by_length.values():
+        queries = torch.stack(tiles)
+        first_key = first[queries].amin(1)
+        windows = torch.stack([(first[queries] - first_key.unsqueeze(1)) // step, count[queries]], 1)
+        yield _EqualTiles(queries[:, 0], first_key, windows, step, isinstance(reach, Ball))
+
+
+def _first(found: Tensor) -> int:
+    return int(found.nonzero()[0, 0])
 
 
 def _group(reach: Reach, axes: tuple[AxisClass, ...]) -> TileGroup:
-    mask = torch.ones(1, 1, dtype=torch.bool)
+    mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for axis in axes:
         mask = _outer(mask, axis.allowed, torch.logical_and)
     if isinstance(reach, Ball):
-        mask = mask & (_squared_distance(axes) < reach.radius**2)
+        mask = mask & (_squared_distance(axes) < reach.limit)
     seen = mask.any(0)
     kept = None if bool(seen.all()) else seen.nonzero().squeeze(1)
     mask = mask if kept is None else mask[:, kept]
@@ -142,9 +194,11 @@ def _group(reach: Reach, axes: tuple[AxisClass, ...]) -> TileGroup:
 
 
 def _squared_distance(axes: tuple[AxisClass, ...]) -> Tensor:
-    distance = torch.zeros(1, 1, dtype=torch.long)
+    distance = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     for axis in axes:
-        distance = _outer(distance, (axis.queries[0, :, None] - axis.keys[0, None, :]).square(), torch.add)
+        shift = axis.first_query[0] - axis.first_key[0]
+        query, key = (axis.step * torch.arange(n, device="cpu") for n in axis.allowed.shape)
+        distance = _outer(distance, (shift + query.unsqueeze(1) - key).square(), torch.add)
     return distance
 
 
@@ -152,11 +206,6 @@ def _outer(outer: Tensor, inner: Tensor, combine) -> Tensor:  # type: ignore[no-
     """`[Qo, Ko]` and `[Qi, Ki]` combined over the product grid: `[Qo * Qi, Ko * Ki]`."""
     both = combine(outer[:, None, :, None], inner[None, :, None, :])
     return both.reshape(outer.shape[0] * inner.shape[0], outer.shape[1] * inner.shape[1])
-
-
-def _extend(flat: Tensor, size: int, positions: Tensor) -> Tensor:
-    """Flat positions of a product grid: one more (inner) axis of length `size`."""
-    return (flat.unsqueeze(-1) * size + positions.unsqueeze(1)).flatten(1)
 
 
 def _unravel(index: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
@@ -184,9 +233,12 @@ def _axis_candidates(reach: Reach, axis: int) -> Iterator[tuple[int, int, int, i
     stride = reach.stride[axis]
     sizes = {min(2**power, length) for power in range(9)} | {min(stride * m, length) for m in (1, 2, 4)}
     for size in sorted(size for size in sizes if size <= MAX_TILE_TOKENS):
-        classes = axis_classes(reach, axis, size)
-        tiles = [(len(c.queries), c.queries.shape[1], c.keys.shape[1]) for c in classes]
-        yield size, sum(n * q * k for n, q, k in tiles), sum(n * k for n, _, k in tiles), len(classes)
+        pairs = keys = classes = 0
+        for tiles in _equal_tiles(reach, axis, size):
+            reached = int(tiles.windows.sum(1).amax(1).sum())
+            keys, pairs = keys + reached, pairs + reached * tiles.windows.shape[2]
+            classes += tiles.kinds()[0]
+        yield size, pairs, keys, classes
 
 
 def _cost(shape: tuple[tuple[int, int, int, int], ...]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_attn.errors import UnsupportedError
 from vision_attn.layout import TokenLayout
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -112,6 +113,36 @@ def check_extra(
             )
 
 
+def checked_mask(where: str, attn_mask: Any, query: Tensor) -> Tensor:
+    """A mask for `[B, S, H, D]` self-attention with four axes, bool or in the query's dtype.
+
+    A float mask of a wider range keeps its finite values finite: `torch.finfo(torch.float32).min` hides a key from a
+    half-precision query without hiding it more than others.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: it does not broadcast to `[B, H, S, S]`, or is on another device.
+        UnsupportedError: neither bool nor floating point.
+    """
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{where}: attn_mask must be a tensor or None, got {attn_mask!r}")
+    full_shape = (query.shape[0], query.shape[2], query.shape[1], query.shape[1])
+    shape = attn_mask.shape
+    if attn_mask.ndim > 4 or not all(n in (1, m) for n, m in zip(shape[::-1], full_shape[::-1], strict=False)):
+        raise ValueError(f"{where}: attn_mask must broadcast to {full_shape}, got shape {tuple(shape)}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"{where}: attn_mask must be on the query's device {query.device}, got {attn_mask.device}")
+    mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise UnsupportedError(f"{where}: attn_mask must be bool or floating point, got {attn_mask.dtype}")
+    if torch.finfo(query.dtype).max < torch.finfo(mask.dtype).max:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.where(mask == float("-inf"), mask, mask.clamp(min=lowest))
+    return mask.to(query.dtype)
+
+
 def resolve_scale(where: str, scale: Any, head_dim: int) -> float:
     """The factor on the logits: `head_dim ** -0.5` for None (and only for None: 0 is a legal scale).
 
@@ -123,7 +154,7 @@ def resolve_scale(where: str, scale: Any, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{where}: scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # math.isfinite would end a compiled graph at a symbolic float
         raise ValueError(f"{where}: scale must be finite, got {scale!r}")
     return float(scale)
 

@@ -55,7 +55,7 @@ def proportional_scale(
     """
     arguments = {"head_dim": head_dim, "n_tokens": n_tokens, "trained_tokens": trained_tokens, "factor": factor}
     for name, number in arguments.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < sys.float_info.max:
             raise TypeError(f"proportional_scale: {name} must be a finite number, got {number!r}")
     for name, value, least in (
         ("head_dim", head_dim, 1),
@@ -96,7 +96,7 @@ def clear_attention(
         text_first: Whether text stands before the image tokens (FLUX) or after them (SD3).
         down_factor: Side `f` of the cells pooled into one extra key and value; 1 for none. On a `(T, Y, X)` grid
             each frame is pooled by itself. Cells cut by the border pool the tokens they hold, with weights
-            rescaled to the sum of a whole cell's, by at most `f^2`.
+            rescaled to the sum of a whole cell's (less where the held weights all but cancel).
         spatial_weight: `(1, 1, 1, f, 1, f, 1)` or `(f, f)`, row then column inside the cell; None is the mean.
         scale: Factor on the logits; None is `D ** -0.5`.
         return_lse: Also return the natural log-sum-exp.
@@ -122,6 +122,8 @@ def clear_attention(
         torch.Size([1, 31, 2, 8])
     """
     where = "clear_attention"
+    if not isinstance(text_first, bool):
+        raise TypeError(f"{where}: text_first must be True or False, got {text_first!r}")
     before, after = (text_tokens, 0) if text_first else (0, text_tokens)
     layout = _checked_layout(where, grid, before, after)
     query, key, value = autocast(query, key, value)
@@ -140,8 +142,7 @@ def pooled_keys(
 ) -> list[tuple[Tensor, Tensor, None]]:
     """One key and value `[B, cells, Hkv, D]` per `down_factor` cell of the grid; empty without pooling.
 
-    A cell that the border cuts pools the tokens it holds, with weights rescaled to the sum of a whole cell's (by at
-    most f^2, so that weights which the border leaves without mass stay finite).
+    A cell that the border cuts pools the tokens it holds, with weights rescaled to the sum of a whole cell's.
     """
     if down_factor == 1:
         if spatial_weight is not None:
@@ -156,7 +157,7 @@ def pooled_keys(
 
 def _pool(tokens: Tensor, grid: tuple[int, ...], weight: Tensor) -> Tensor:
     """`[B, N, H, D]` to `[B, cells, H, D]`: weighted sums over `f x f` cells of each frame."""
-    f, (y, x) = weight.shape[0], grid[-2:]
+    f, (y, x) = weight.shape[0], (1, *grid)[-2:]
     b, _, heads, width = tokens.shape
     frames = tokens.reshape(b * math.prod(grid[:-2]), y, x, heads * width)
     rows, columns = -(-y // f), -(-x // f)
@@ -172,14 +173,17 @@ def _cell_weights(weight: Tensor, y: int, x: int) -> Tensor:
     rows, columns = -(-y // f), -(-x // f)
     inside_y = torch.arange(rows * f, device=weight.device).view(rows, 1, f, 1) < y
     inside_x = torch.arange(columns * f, device=weight.device).view(1, columns, 1, f) < x
-    held = weight * (inside_y & inside_x)
+    inside = inside_y & inside_x
+    held = weight * inside
     if y % f == 0 and x % f == 0:
         return held
-    total, kept = weight.sum(), held.sum((2, 3), keepdim=True)
-    # Mean pooling never rescales by more than f^2; unconstrained weights can leave a cut cell with a sum near zero.
-    least = total.abs() / f**2
+    total, kept, mass = weight.sum(), held.sum((2, 3), keepdim=True), held.abs().sum((2, 3), keepdim=True)
+    # Weights are unconstrained: where those of a cut cell all but cancel, their sum counts as 1 / f^2 of their mass.
+    least = mass / f**2
     bounded = torch.where(kept.abs() < least, torch.where(kept < 0, -least, least), kept)
-    return held * (total / torch.where(bounded == 0, torch.ones_like(bounded), bounded))
+    rescale = total / torch.where(mass == 0, torch.ones_like(bounded), bounded)
+    # Whole cells keep their weights to the bit: two sums of the same numbers may round differently.
+    return torch.where(inside.all(3, keepdim=True).all(2, keepdim=True), held, held * rescale)
 
 
 @register_operator("clear")
@@ -205,7 +209,9 @@ class Clear:
     proportional: bool = False
 
     def __post_init__(self) -> None:
-        _checked_radius("Clear", self.radius)
+        radius = _checked_radius("Clear", self.radius)
+        if isinstance(self.radius, float):  # numpy's float is one too, but prints as no literal
+            object.__setattr__(self, "radius", radius)
         _checked_factor("Clear", self.down_factor)
         if not isinstance(self.proportional, bool):
             raise TypeError(f"Clear: proportional must be True or False, got {self.proportional!r}")
@@ -261,7 +267,7 @@ class Clear:
     def _cells(self, grid: tuple[int, ...]) -> int:
         if self.down_factor == 1:
             return 0
-        frames, (y, x) = math.prod(grid[:-2]), grid[-2:]
+        frames, (y, x) = math.prod(grid[:-2]), (1, *grid)[-2:]
         return frames * -(-y // self.down_factor) * -(-x // self.down_factor)
 
 
@@ -320,6 +326,8 @@ def _checked_weight(where: str, weight: Tensor | None, f: int, like: Tensor) -> 
         raise TypeError(f"{where}: spatial_weight must be a tensor, got {type(weight).__name__}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"{where}: spatial_weight must be floating point of 16 to 64 bits, got {weight.dtype}")
+    if weight.layout != torch.strided:
+        raise ValueError(f"{where}: spatial_weight must be a dense tensor, got {weight.layout}: use .to_dense()")
     if weight.device != like.device:
         raise ValueError(f"{where}: spatial_weight must be on the key's device {like.device}, got {weight.device}")
     if tuple(weight.shape) not in ((f, f), (1, 1, 1, f, 1, f, 1)):

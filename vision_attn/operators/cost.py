@@ -60,7 +60,7 @@ def visited_tiles(reach: Reach) -> int:
         here, here_counts = distance[distance >= 0].unique(return_counts=True)
         squares = (squares[:, None] + here.square()).flatten()
         counts = (counts[:, None] * here_counts).flatten()
-    limit = reach.radius**2 if isinstance(reach, Ball) else math.inf
+    limit = reach.limit if isinstance(reach, Ball) else math.inf
     return int(counts[squares < limit].sum())
 
 

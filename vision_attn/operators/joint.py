@@ -11,7 +11,7 @@ from vision_attn.backends import full, resolve, windowed
 from vision_attn.errors import UnsupportedError
 from vision_attn.kernels.reach import Reach
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, resolve_scale
+from vision_attn.operators.arguments import autocast, check_joint_inputs, checked_mask, no_autocast, resolve_scale
 
 Extra = tuple[Tensor, Tensor, Tensor | None]
 
@@ -120,11 +120,13 @@ def split_mask(
     """The key bias `[B, S]` that all image queries share and the additive mask of the text queries.
 
     Raises:
-        UnsupportedError: image queries, or heads, have different masks.
+        UnsupportedError: image queries, or heads, have different masks, or the mask needs a gradient.
         ValueError: the mask does not broadcast to `[B, H, S, S]`.
     """
     if attn_mask is None:
         return None, None
+    if isinstance(attn_mask, Tensor) and attn_mask.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(f"{where}: attn_mask must not need a gradient, windows have none for it: detach it")
     mask = _additive(where, attn_mask, query, layout)
     if mask.shape[1] > 1:
         raise UnsupportedError(f"{where}: attn_mask must be the same for all heads, got shape {tuple(attn_mask.shape)}")
@@ -141,17 +143,7 @@ def split_mask(
 
 def _additive(where: str, attn_mask: Tensor, query: Tensor, layout: TokenLayout) -> Tensor:
     """`[B or 1, H or 1, S or 1, S]`, added to the logits."""
-    full_shape = (query.shape[0], query.shape[2], layout.tokens, layout.tokens)
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"{where}: attn_mask must be a tensor or None, got {attn_mask!r}")
-    fits = attn_mask.ndim <= 4 and all(
-        n in (1, m) for n, m in zip(attn_mask.shape[::-1], full_shape[::-1], strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{where}: attn_mask must broadcast to {full_shape}, got shape {tuple(attn_mask.shape)}")
-    mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(-1, -1, -1, layout.tokens)
+    mask = checked_mask(where, attn_mask, query).expand(-1, -1, -1, layout.tokens)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
-    if not mask.is_floating_point():
-        raise UnsupportedError(f"{where}: attn_mask must be bool or floating point, got {attn_mask.dtype}")
-    return mask.to(query.dtype)
+    return mask

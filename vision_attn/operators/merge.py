@@ -52,6 +52,8 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
             if x.shape != tensors[0].shape or x.dtype != tensors[0].dtype:
                 expected, found = (f"{tuple(t.shape)} {t.dtype}" for t in (tensors[0], x))
                 raise ValueError(f"merge_attention: {name} must all be {expected}, got {found}")
+            if x.device != outputs[0].device:
+                raise ValueError(f"merge_attention: {name} must all be on {outputs[0].device}, got {x.device}")
     if lses[0].shape != outputs[0].shape[:-1]:
         raise ValueError(
             f"merge_attention: lses must have shape {tuple(outputs[0].shape[:-1])}, got {tuple(lses[0].shape)}"

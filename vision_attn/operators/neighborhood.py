@@ -247,7 +247,7 @@ class Neighborhood:
     def __post_init__(self) -> None:
         for name in ("kernel_size", "stride", "dilation"):
             value = getattr(self, name)
-            if isinstance(value, list):
+            if isinstance(value, (list, tuple)):  # of a tuple's kinds, such as torch.Size, only itself prints as one
                 object.__setattr__(self, name, value := tuple(value))
             axes = len(value) if isinstance(value, tuple) else 1
             if not 1 <= axes <= 3:

@@ -2,14 +2,19 @@
 
 import dataclasses
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import dispatch_attention_fn as attend
 from probe_operators import Disc, Fussy, Maskless, Whole, disc_mask
 from tiny_models import randn
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import vision_attn as va
 
@@ -344,3 +349,125 @@ def test_an_operator_error_is_not_swallowed():
         call(model, Broken(), q, k, v, strict=False)
     output, _ = call(model, Whole(), q, k, v)
     close(output, oracle(q, k, v, torch.ones(21, 21, dtype=torch.bool)))
+
+
+class AliasProcessor:
+    def __call__(self, attn, query, key, value):
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+class RenamedFunctionProcessor:
+    def __call__(self, attn, query, key, value):
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return sdpa(query, key, value).transpose(1, 2)
+
+
+class ModuleProcessor:
+    def __call__(self, attn, query, key, value):
+        return attention_dispatch.dispatch_attention_fn(query, key, value)
+
+
+class PackageProcessor:
+    def __call__(self, attn, query, key, value):
+        return diffusers.models.attention_dispatch.dispatch_attention_fn(query, key, value)
+
+
+class RenamedDispatchProcessor:
+    def __call__(self, attn, query, key, value):
+        return attend(query, key, value)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [AliasProcessor, RenamedFunctionProcessor, ModuleProcessor, PackageProcessor, RenamedDispatchProcessor],
+)
+def test_attention_functions_by_any_name(processor):
+    q, k, v = tensors()
+    output, calls = call(Toy(processor()), Disc(2), q, k, v)
+    close(output, oracle(q, k, v, disc_mask(LAYOUT, 2)))
+    assert [c.kind for c in calls] == ["operator"]
+
+
+class LocalImportProcessor:
+    def __call__(self, attn, query, key, value):
+        from torch.nn.functional import scaled_dot_product_attention
+
+        query = torch.relu(
+            query
+        )  # `torch` is there, and the function's name as well, but one does not lead to the other
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+class LocalDispatchProcessor:
+    def __call__(self, attn, query, key, value):
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        return dispatch_attention_fn(query, key, value)
+
+
+def make_closure_processor():
+    enclosed = F
+
+    class ClosureProcessor:
+        def __call__(self, attn, query, key, value):
+            query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            return enclosed.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    return ClosureProcessor()
+
+
+@pytest.mark.parametrize("processor", [LocalImportProcessor(), LocalDispatchProcessor(), make_closure_processor()])
+def test_attention_functions_out_of_reach_are_listed_as_skipped(processor):
+    model = Toy(processor)
+    model.second = Attention(SdpaProcessor())
+    with va.patch(model, Disc(2), grid=LAYOUT) as patch:
+        assert [(layer.name, layer.reason) for layer in patch.skipped] == [
+            ("attn", f"{type(processor).__name__} makes no attention call that can be routed")
+        ]
+        assert [layer.name for layer in patch.routed] == ["second"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Returning:
+    what: str
+
+    def __call__(self, query, key, value, layout, scale=None):
+        output = Whole()(query, key, value, layout, scale)
+        return {"tuple": (output, None), "None": None, "double": output.double(), "shorter": output[:, 1:]}[self.what]
+
+
+@pytest.mark.parametrize(
+    ("what", "got"),
+    [("tuple", "a tuple"), ("None", "a NoneType"), ("double", "torch.float64"), ("shorter", r"\(2, 20, 4, 8\)")],
+)
+def test_operators_must_return_attention(what, got):
+    q, k, v = tensors()
+    message = (
+        rf"Returning\(what='{what}'\) must return a tensor of shape \(2, 21, 4, 8\) and dtype torch.float32 for "
+        rf"'attn', got {got}: mend its __call__"
+    )
+    with pytest.raises(va.PatchError, match=message):
+        call(Toy(SdpaProcessor()), Returning(what), q, k, v, strict=False)
+
+
+def test_autocast_may_choose_the_dtype():
+    q, k, v = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, calls = call(Toy(SdpaProcessor()), Whole(), q, k, v)
+    assert output.dtype == torch.bfloat16
+    assert calls[0].kind == "operator"
+
+
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"dropout_p": 0.5}, {"attention_kwargs": {"return_lse": False}}], ids=str
+)
+def test_dense_honours_every_call(options):
+    q, k, v = tensors()
+    model = Toy(DispatchProcessor())
+    torch.manual_seed(7)
+    output, calls = call(model, va.Dense(), q, k, v, **options)
+    torch.manual_seed(7)
+    assert torch.equal(output, model(q, k, v, **options))
+    assert [(c.kind, c.reason) for c in calls] == [("operator", "")]

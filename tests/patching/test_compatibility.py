@@ -88,19 +88,36 @@ def test_checkpoints_of_an_earlier_size_are_refused():
             losses[0].backward()
 
 
-def test_checkpoints_of_another_grid_of_the_same_length_are_refused():
+@pytest.mark.parametrize("training", [True, False])
+def test_checkpoints_of_another_grid_of_the_same_length_are_refused(training: bool):
+    """diffusers checkpoints in eval mode as well."""
     model = SD3.model()
-    model.train()
+    model.train(training)
     model.enable_gradient_checkpointing()
     with va.patch(model, va.Clear(radius=2)):
         for grid in ((4, 6), (6, 4), (4, 6)):  # each with its backward
             model(**SD3.inputs(*grid)).sample.square().mean().backward()
         model.eval()
         SD3.run(model, 6, 4)
-        model.train()
+        model.train(training)
         losses = [model(**SD3.inputs(*grid)).sample.square().mean() for grid in ((4, 6), (6, 4))]
         with pytest.raises(va.PatchError, match=r"got forwards of several grids before it, the last \(6, 4\)"):
             sum(losses).backward()
+
+
+def test_a_forward_without_gradients_between_a_checkpointed_one_and_its_backward():
+    def gradients(*validation: int) -> list[torch.Tensor]:
+        model = SD3.model()
+        model.enable_gradient_checkpointing()
+        with va.patch(model, va.Clear(radius=2)):
+            loss = model(**SD3.inputs(4, 6)).sample.square().mean()
+            if validation:
+                SD3.run(model, *validation)
+            loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    for plain, disturbed in zip(gradients(), gradients(6, 4), strict=True):
+        assert torch.equal(plain, disturbed)
 
 
 @pytest.mark.parametrize("tiny", [FLUX, WAN], ids=lambda tiny: tiny.name)

@@ -136,3 +136,32 @@ def test_two_models_in_two_threads():
     assert not wrong
     for patch, (_, _, grid) in zip(patches, jobs, strict=True):
         assert {call.layout.grid for calls in patch.calls.values() for call in calls} == {grid}
+
+
+def test_one_model_in_two_threads_is_refused():
+    """Layers of both forwards would read one layout. A copy made meanwhile is free."""
+    model = SD3.model()
+    va.patch(model, Disc(2))
+    alone = {grid: SD3.run(model, *grid) for grid in ((4, 6), (6, 4))}
+    inside, done, results = threading.Event(), threading.Event(), []
+
+    def pause(*_) -> None:
+        if threading.current_thread() is first:
+            inside.set()
+            done.wait(timeout=60)
+
+    model.transformer_blocks[1].register_forward_pre_hook(pause)
+    first = threading.Thread(target=lambda: results.append(SD3.run(model, 4, 6)))
+    first.start()
+    inside.wait(timeout=60)
+    try:
+        message = "a patched SD3Transformer2DModel must run in one thread at a time, got a forward in a second one"
+        with pytest.raises(va.PatchError, match=message):
+            SD3.run(model, 6, 4)
+        model.transformer_blocks[1]._forward_pre_hooks.clear()
+        assert torch.equal(SD3.run(copy.deepcopy(model), 6, 4), alone[6, 4])
+    finally:
+        done.set()
+        first.join()
+    assert torch.equal(results[0], alone[4, 6])
+    assert torch.equal(SD3.run(model, 6, 4), alone[6, 4])

@@ -130,3 +130,43 @@ def test_different_operators_have_their_own_shapes():
     ops = {"transformer_blocks.*": va.Clear(radius=2, down_factor=3), "*": POOLED}
     with va.patch(model, layers=ops) as patch:
         assert [tuple(parameter.shape)[3] for parameter in patch.parameters()] == [3, 2, 2]
+
+
+def test_parameters_that_loading_replaces_are_used():
+    model, reference = SD3.model(), SD3.model()
+    patch = va.patch(model, POOLED, trainable=True)
+    other = va.patch(reference, POOLED, trainable=True)
+    mean = SD3.run(model)
+    state = {
+        name: torch.randn_like(value) if "spatial_weight" in name else value.clone()
+        for name, value in model.state_dict().items()
+    }
+    reference.load_state_dict(state)
+    expected = SD3.run(reference)
+    with torch.no_grad():
+        assert torch.equal(torch.func.functional_call(model, state, (), SD3.inputs(5, 7)).sample, expected)
+        assert torch.equal(SD3.run(model), mean)
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(SD3.run(model), expected)
+    assert {id(parameter) for parameter in patch.parameters()} <= {id(parameter) for parameter in model.parameters()}
+    assert all(torch.equal(value, state[name]) for name, value in patch.state_dict().items())
+    twin = copy.deepcopy(model)
+    assert torch.equal(SD3.run(twin), expected)
+    patch.remove()
+    assert all(torch.equal(value, state[name]) for name, value in patch.state_dict().items())
+    other.remove()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_attributes_set_under_the_patch_outlive_it(trainable: bool):
+    model = FLUX.model()
+    with va.patch(model, POOLED, trainable=trainable):
+        model.set_attention_backend("native")
+        model.transformer_blocks[0].attn.processor.note = "kept"
+        model.single_transformer_blocks[0].attn.processor.note = "lost"
+        del model.single_transformer_blocks[0].attn.processor.note
+    processors = [model.transformer_blocks[0].attn.processor, model.single_transformer_blocks[0].attn.processor]
+    assert [processor._attention_backend for processor in processors] == ["native", "native"]
+    assert processors[0].note == "kept"
+    assert not hasattr(processors[1], "note")
+    assert not {"training", "_parameters"} & vars(processors[0]).keys()

@@ -228,6 +228,18 @@ def test_an_operator_that_refuses_a_call_raises_or_leaves_the_layer_its_window()
             assert [(call.kind, call.reason) for call in patch.calls["attn"]] == [("dense", "three axes")]
 
 
+def test_an_operator_must_return_attention() -> None:
+    @dataclass(frozen=True)
+    class Half:
+        def __call__(self, query: Any, key: Any, value: Any, layout: Any, scale: float | None = None) -> torch.Tensor:
+            return value.half()
+
+    model = layer_model((3, 3, 3))
+    message = r"must return a tensor of shape \(1, 60, 2, 16\) and dtype torch.float32 for 'attn', got torch.float16"
+    with va.patch(model, Half()), pytest.raises(va.PatchError, match=message):
+        model["attn"](randn(1, 3, 4, 5, 32))
+
+
 @pytest.mark.parametrize(("argument", "value"), [("grid", (3, 4, 5)), ("steps", range(2)), ("trainable", True)])
 def test_arguments_without_meaning_are_refused(argument: str, value: object) -> None:
     with pytest.raises(va.PatchError, match=rf"{argument} must be left out for LTX2VideoDiffusionDecoderModel, got"):

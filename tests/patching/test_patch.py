@@ -1,10 +1,13 @@
 """What `patch` routes, what it leaves alone, and that removal is exact."""
 
 import copy
+import dataclasses
 import re
 
+import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from probe_operators import Disc, Whole
 from tiny_models import FLUX, QWEN, SD3, SDXL, TINY, UNET, WAN, Tiny
 
@@ -281,13 +284,138 @@ def test_grid_serves_unknown_models():
     assert not torch.allclose(first, last, atol=1e-4)
 
 
-def test_grid_overrides_a_known_model():
+@pytest.mark.parametrize("grid", [(5, 7), (1, 5, 7)])
+def test_grid_of_a_known_model_is_its_own(grid):
     model = FLUX.model()
-    with va.patch(model, Disc(2), grid=(7, 5)) as patch:
+    with va.patch(model, Disc(2), grid=grid) as patch:
         FLUX.run(model)
-        assert patch.calls["transformer_blocks.0.attn"][0].layout == va.TokenLayout((7, 5), text_before=5)
-    with (
-        va.patch(model, Disc(2), grid=(6, 6)),
-        pytest.raises(va.PatchError, match=r"grid must have the 35 image tokens of this call, got \(6, 6\)"),
-    ):
+        assert patch.calls["transformer_blocks.0.attn"][0].layout == va.TokenLayout(grid, text_before=5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ((6, 6), r"grid must have the 35 image tokens of this call, got \(6, 6\)"),
+        ((7, 5), r"grid must be the model's own \(5, 7\) in this call, got \(7, 5\): leave grid out"),
+    ],
+)
+def test_another_grid_than_that_of_a_known_model(grid, message):
+    model = FLUX.model()
+    with va.patch(model, Disc(2), grid=grid), pytest.raises(va.PatchError, match=message):
         FLUX.run(model)
+
+
+class SelfAndCross(torch.nn.Module):
+    """A model that nobody knows: image tokens attend to themselves, then to text."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn1 = Attention(16, heads=2, dim_head=8)
+        self.attn2 = Attention(16, cross_attention_dim=16, heads=2, dim_head=8)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn1(hidden_states)
+        return hidden_states + self.attn2(hidden_states, encoder_hidden_states)
+
+
+@pytest.mark.parametrize("text", [9, 40])
+def test_cross_attention_of_an_unknown_model_stays_dense(text: int):
+    """Also to more text than there are image tokens: the text is not taken for tokens before the image."""
+    model, image, words = SelfAndCross().eval(), torch.randn(2, 4 * 6, 16), torch.randn(2, text, 16)
+    with va.patch(model, Disc(2), grid=(4, 6)) as patch, torch.no_grad():
+        output = model(image, words)
+    (first,), (second,) = patch.calls["attn1"], patch.calls["attn2"]
+    assert (first.kind, first.layout) == ("operator", va.TokenLayout((4, 6)))
+    assert (second.kind, second.layout) == ("dense", None)
+    assert f"got 24 query and {text} key tokens" in second.reason
+    with va.patch(model, Disc(2), grid=(4, 6), layers="attn1"), torch.no_grad():
+        assert torch.equal(model(image, words), output)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
+def test_a_second_self_attention_is_served():
+    model = diffusers.models.Transformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=16,
+        num_layers=1,
+        norm_num_groups=4,
+        double_self_attention=True,
+    )
+    with va.patch(model, Disc(2)) as patch, torch.no_grad():
+        model(torch.randn(2, 16, 4, 6))
+    assert [call.kind for call in patch.calls["transformer_blocks.0.attn2"]] == ["operator"]
+    assert patch.skipped == []
+
+
+def test_unpatch_reaches_patches_of_parts():
+    model = UNET.model()
+    stock, dense = processors(model), UNET.run(model)
+    va.patch(model.mid_block.attentions[0], Disc(2))
+    assert not torch.equal(UNET.run(model), dense)
+    va.unpatch(model)
+    assert_stock(model, stock)
+    assert torch.equal(UNET.run(model), dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quiet:
+    """Compares equal whatever its radius."""
+
+    radius: float = dataclasses.field(default=2, compare=False)
+
+    def __call__(self, query, key, value, layout, scale=None):
+        return Disc(self.radius)(query, key, value, layout, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    weight: torch.Tensor
+
+    def __call__(self, query, key, value, layout, scale=None):
+        return value * self.weight
+
+
+@pytest.mark.parametrize("ops", [(Quiet(1), Quiet(9)), (Weighted(torch.ones(8)), Weighted(torch.zeros(8)))], ids=repr)
+def test_operators_that_differ_keep_apart(ops):
+    model = SD3.model()
+    both = {"transformer_blocks.0.*": ops[0], "transformer_blocks.1.*": ops[1]}
+    with va.patch(model, layers=both) as patch:
+        assert all(layer.operator is op for layer, op in zip(patch.routed, ops, strict=True))
+        mixed = SD3.run(model)
+    with va.patch(model, ops[0]):
+        assert not torch.equal(SD3.run(model), mixed)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_forward_without_the_hooks(called_before: bool):
+    """`model.forward(...)` tells no layout, and that of an earlier call must not be taken for it."""
+    model = SD3.model()
+    dense = SD3.run(model, 4, 6)
+    for strict in (True, False):
+        with va.patch(model, Disc(2), strict=strict) as patch, torch.no_grad():
+            if called_before:
+                SD3.run(model, 6, 4)
+            if strict:
+                message = (
+                    r"'transformer_blocks\.0\.attn' must run in a forward of its model, got a call while no forward"
+                )
+                with pytest.raises(va.PatchError, match=message):
+                    model.forward(**SD3.inputs(4, 6))
+            else:
+                assert torch.equal(model.forward(**SD3.inputs(4, 6)).sample, dense)
+                call = patch.calls["transformer_blocks.0.attn"][-1]
+                assert (call.kind, call.reason) == ("dense", "no forward of the model is running")
+
+
+def test_a_forward_that_fails_is_over():
+    model = SD3.model()
+    with va.patch(model, Disc(2)):
+        local = SD3.run(model)
+        handle = model.transformer_blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            SD3.run(model)
+        handle.remove()
+        with pytest.raises(va.PatchError, match=r"must run in a forward of its model"), torch.no_grad():
+            model.forward(**SD3.inputs(5, 7))
+        assert torch.equal(SD3.run(model), local)

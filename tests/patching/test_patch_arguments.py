@@ -195,9 +195,45 @@ def test_load_state_dict_wants_the_keys_and_shapes_of_the_patch(flux: torch.nn.M
             patch.load_state_dict({name: value for name, value in state.items() if name != key})
         with pytest.raises(ValueError, match=rf"{key} must have shape \(1, 1, 1, 2, 1, 2, 1\), got \(2, 2\)"):
             patch.load_state_dict({**state, key: torch.zeros(2, 2)})
+        with pytest.raises(TypeError, match=f"load_state_dict: {key} must be a tensor, got a list"):
+            patch.load_state_dict({**state, key: [1]})
 
 
 def test_operator_must_be_a_dataclass(flux: torch.nn.Module):
     with pytest.raises(TypeError, match="op must be an operator object such as"):
         va.patch(flux, lambda *args, **kwargs: None)
     assert dataclasses.is_dataclass(CLEAR)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoScale:
+    def __call__(self, query, key, value, layout):
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class NoLayout:
+    def __call__(self, query, key, value, *, scale=None):
+        return value
+
+
+@pytest.mark.parametrize("op", [NoScale(), NoLayout()], ids=lambda op: type(op).__name__)
+def test_operator_must_take_the_arguments_of_operators(flux: torch.nn.Module, op):
+    message = (
+        r"op must be called as op\(query, key, value, layout, scale=None\), got "
+        rf"{type(op).__name__}\(\) with \(query, key, value, .*\) \(.*\): mend its __call__"
+    )
+    with pytest.raises(TypeError, match=message):
+        va.patch(flux, op)
+
+
+@pytest.mark.parametrize("steps", [range(2, 10**12), range(10**12, 1, -1)], ids=str)
+def test_a_long_range_of_steps_is_not_walked_through(flux: torch.nn.Module, steps: range):
+    with va.patch(flux, CLEAR, steps=steps) as patch:
+        assert patch.routed
+
+
+@pytest.mark.parametrize("steps", [range(-1, 10**12), range(10**12, -2, -1)], ids=str)
+def test_a_long_range_with_negative_steps(flux: torch.nn.Module, steps: range):
+    with pytest.raises(ValueError, match=rf"steps must hold step numbers of at least 0, got range\({steps.start}"):
+        va.patch(flux, CLEAR, steps=steps)

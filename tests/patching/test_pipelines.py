@@ -1,6 +1,7 @@
 """Whole pipelines with random tiny components: FLUX, Stable Diffusion 1.5, and Wan with two denoisers."""
 
 import copy
+import dataclasses
 import json
 import string
 
@@ -287,3 +288,73 @@ def test_a_pipeline_without_denoiser():
 
     with pytest.raises(va.PatchError, match="target must have a transformer or unet, got Nothing with vae"):
         va.patch(Nothing(), LOCAL)
+
+
+class Parts:
+    def __init__(self, **components):
+        self.components = components
+
+
+def flux_controlnet() -> torch.nn.Module:
+    torch.manual_seed(4)
+    return diffusers.FluxControlNetModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+class Strange(torch.nn.Module):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
+def test_models_that_a_patch_does_not_reach_are_listed():
+    controlnet = flux_controlnet()
+    pipe = Parts(transformer=FLUX.model(), vae=Strange(), controlnet=controlnet, transformer_2=Strange())
+    with va.patch(pipe, LOCAL) as patch:
+        assert len(patch.routed) == 3
+        assert [(part.name, part.reason) for part in patch.skipped] == [
+            ("controlnet", "FluxControlNetModel is not patched with the pipeline: patch it by itself"),
+            ("transformer_2", "Strange is not patched with the pipeline: patch it by itself"),
+        ]
+        assert "controlnet" in str(patch)
+    va.patch(controlnet, LOCAL)
+    va.unpatch(pipe)
+    assert not controlnet._forward_pre_hooks
+
+
+def test_one_model_under_two_names_is_patched_once():
+    model = WAN.model()
+    dense = WAN.run(model)
+    patch = va.patch(Parts(transformer=model, transformer_2=model), LOCAL)
+    assert [layer.name for layer in patch.routed] == ["blocks.0.attn1", "blocks.1.attn1"]
+    local = WAN.run(model)
+    patch.remove()
+    with va.patch(model, LOCAL):
+        assert torch.equal(WAN.run(model), local)
+    assert torch.equal(WAN.run(model), dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    calls: list[int] = dataclasses.field(default_factory=list)
+
+    def __call__(self, query, key, value, layout, scale=None):
+        self.calls.append(1)
+        return LOCAL(query, key, value, layout, scale)
+
+
+def test_steps_in_half_precision(flux_pipe):
+    """Timesteps are rounded to the latents' dtype before the model gets them."""
+    flux_pipe.to(torch.bfloat16)
+    flux_pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7)
+    counting = Counting()
+    with va.patch(flux_pipe, counting, steps=range(25, 50), layers="transformer_blocks.*"):
+        draw(flux_pipe, steps=50, height=8, width=8)
+    assert len(counting.calls) == 25

@@ -95,3 +95,13 @@ def test_a_model_without_finite_output_fails():
         model.conv_out.bias.fill_(float("nan"))
     with pytest.raises(va.PatchError, match=r"finite output +FAILED"):
         va.verify(model)
+
+
+def test_training_modes_of_parts_are_kept():
+    model = SD3.model()
+    model.train()
+    model.norm_out.eval()
+    va.verify(model)
+    assert [name for name, module in model.named_modules() if not module.training] == [
+        name for name, _ in model.named_modules() if name.startswith("norm_out")
+    ]

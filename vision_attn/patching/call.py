@@ -2,11 +2,12 @@
 
 The decision, in order:
 
-1. The operators are switched off in this denoising step, or a guider perturbs this layer's attention: dense.
-2. The layout does not describe the call's tokens: dense and listed. This is how cross-attention passes. A layer whose
+1. No forward of the model is running, so that no layout is known: dense and listed, or an error with `strict`.
+2. The operators are switched off in this denoising step, or a guider perturbs this layer's attention: dense.
+3. The layout does not describe the call's tokens: dense and listed. This is how cross-attention passes. A layer whose
    self-attention calls in a whole forward all have another length than its layout says is an error with `strict`.
-3. The operator cannot honour the call (mask, causal, dropout): listed, or an error with `strict`.
-4. Otherwise the operator runs, on heads-last tensors that all have the layout's full length and as many heads.
+4. The operator cannot honour the call (mask, causal, dropout): listed, or an error with `strict`.
+5. Otherwise the operator runs, on heads-last tensors that all have the layout's full length and as many heads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from vision_attn.errors import PatchError, UnsupportedError
 from vision_attn.layout import TokenLayout
+from vision_attn.patching.cell import CLOSED, in_backward
 
 
 class Attention(NamedTuple):
@@ -58,15 +60,20 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
         dense: The call upstream would have made, `[B, S_q, Hq, Dv]`.
 
     Raises:
-        PatchError: Context parallelism; with `layer.strict`, a call that should go to the operator and cannot.
+        PatchError: Context parallelism; an operator that returns something else than attention; with `layer.strict`, a
+            call that should go to the operator and cannot.
     """
     if call.parallel_config is not None:
         raise PatchError(
             f"patch: context parallelism must be off for a patched layer, got parallel_config on {layer.name!r}: "
             "remove the patch, or run without enable_parallelism()"
         )
-    if _in_backward():
+    recomputes = in_backward()
+    if recomputes:
         _check_recomputation(layer)
+    elif not layer.switch.open and not torch.compiler.is_compiling():
+        _note_outside(layer)
+        return dense()
     if not layer.switch.active:
         layer.note("dense", layer.switch.reason, None)
         return dense()
@@ -78,18 +85,18 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
     layout, problem = match(layer, queries, keys)
     if layout is None:
         self_attention = queries == keys
-        if self_attention and _in_backward():
+        if self_attention and recomputes:
             raise PatchError(
                 f"patch: {layer.name!r} must be recomputed with the tokens of its forward, {problem}: with gradient "
                 "checkpointing, call backward before the next forward"
             )
         layer.note_unmatched(problem, self_attention)
         return dense()
+    if is_dense(operator):
+        layer.note("operator", "", layout)
+        return dense()
     problem = _obstacle(call)
     if not problem:
-        if _is_dense(operator):
-            layer.note("operator", "", layout)
-            return dense()
         try:
             output = _operate(operator, layer, layout, call)
         except UnsupportedError as error:
@@ -106,18 +113,24 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
 _FIX = "leave the layer out with layers=, or pass strict=False to compute such calls densely (Patch.calls lists them)"
 
 
-def _in_backward() -> bool:
-    """Whether gradient checkpointing is running the layer again; the layout is then that of the last forward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _note_outside(layer: Any) -> None:
+    if layer.strict:
+        raise PatchError(
+            f"patch: {layer.name!r} must run in a forward of its model, got a call while {CLOSED}: call model(...), as "
+            "model.forward(...) and calls of single blocks do not tell the token grid, or pass strict=False"
+        )
+    layer.note("dense", CLOSED, None)
 
 
 def _check_recomputation(layer: Any) -> None:
-    layer.cell.awaits_backward = False
-    if layer.cell.ambiguous:
+    """The layout of recomputed layers is that of the last forward with checkpoints."""
+    cell = layer.cell
+    cell.awaits_backward = False
+    if cell.ambiguous:
+        grid = None if cell.recomputed is None else cell.recomputed.grid
         raise PatchError(
             f"patch: {layer.name!r} must be recomputed with the token grid of its forward, got forwards of several "
-            f"grids before it, the last {layer.cell.layout.grid}: with gradient checkpointing, call backward before "
-            "the next forward"
+            f"grids before it, the last {grid}: with gradient checkpointing, call backward before the next forward"
         )
 
 
@@ -139,9 +152,10 @@ def match(layer: Any, queries: int, keys: int) -> tuple[TokenLayout | None, str]
         layout = TokenLayout(layout.grid)
     if cell.open_before or cell.open_after:
         layout = _opened(layout, cell.open_before, keys)
-        if queries == keys == layout.tokens:
-            return layout, ""
-    if keys == layout.tokens and (queries == keys or queries == layout.image_tokens):
+        fits = queries == keys == layout.tokens  # keys of any length fit: image queries may well attend to text alone
+    else:
+        fits = keys == layout.tokens and (queries == keys or queries == layout.image_tokens)
+    if fits:
         return layout, ""
     return None, (
         f"got {queries} query and {keys} key tokens where the layout has {layout.tokens} "
@@ -169,7 +183,8 @@ def _obstacle(call: Attention) -> str:
     return ""
 
 
-def _is_dense(operator: Any) -> bool:
+def is_dense(operator: Any) -> bool:
+    """Whether the operator is `Dense`."""
     # Dense is what the model does anyway: upstream's own call, with its masks and its backend, bit for bit.
     return getattr(operator, "operator_name", None) == "dense"
 
@@ -189,12 +204,29 @@ def _operate(operator: Any, layer: Any, layout: TokenLayout, call: Attention) ->
         groups = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
     output = operator(query, key, value, layout, scale=call.scale, **options)
-    expected = (*query.shape[:3], value.shape[3])
-    if tuple(output.shape) != expected:
-        raise PatchError(
-            f"patch: {operator} must return {expected} for {layer.name!r}, got {tuple(output.shape)}: mend its __call__"
-        )
+    check_output(operator, layer.name, output, query, value)
     return output[:, layout.image_slice] if image_queries else output
+
+
+def check_output(operator: Any, name: str, output: Any, query: torch.Tensor, value: torch.Tensor) -> None:
+    """Check what an operator returned for the layer `name`.
+
+    Raises:
+        PatchError: No tensor, or one of another shape or dtype than attention has.
+    """
+    shape, dtype = (*query.shape[:3], value.shape[3]), query.dtype
+    if not isinstance(output, torch.Tensor):
+        got = f"a {type(output).__name__}"
+    elif tuple(output.shape) != shape:
+        got = f"{tuple(output.shape)}"
+    elif output.dtype != dtype and not torch.is_autocast_enabled(query.device.type):  # autocast chooses dtypes itself
+        got = f"{output.dtype}"
+    else:
+        return
+    raise PatchError(
+        f"patch: {operator} must return a tensor of shape {shape} and dtype {dtype} for {name!r}, got {got}: mend its "
+        "__call__"
+    )
 
 
 def _honourable_mask(operator: Any, attn_mask: Any) -> torch.Tensor | None:

@@ -4,47 +4,73 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from vision_attn.layout import TokenLayout
+
+CLOSED = "no forward of the model is running"
+
+
+def in_backward() -> bool:
+    """Whether gradient checkpointing is running layers again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @dataclass(eq=False)
 class Cell:
     """The token layout of the current call of one scope (the model, or one level of a UNet).
 
-    A forward pre-hook writes it before the attention layers of the scope read it. It keeps its value after the forward,
-    because gradient checkpointing runs layers again during the backward pass. Plain attributes, no context variable:
-    torch.compile traces both the write and the read.
+    A forward pre-hook writes it before the attention layers of the scope read it. After the forward it holds what
+    gradient checkpointing needs to run layers again, which happens on another thread on a GPU: hence plain attributes,
+    no context variable. torch.compile traces both the write and the read.
 
     Attributes:
         layout: Where the image tokens are, `None` when this call has no layout.
         reason: Why there is no layout.
         open_before: As many tokens stand before the grid as each call has beyond the layout (a grid given by the user).
         open_after: The same behind the grid (`Family.open_end`).
+        recomputed: The layout of the last forward with checkpoints.
         awaits_backward: A forward with checkpoints has passed since layers were last recomputed.
         ambiguous: Such forwards had different layouts of the same length, which recomputation could not tell apart.
     """
 
     layout: TokenLayout | None = None
-    reason: str = "the model has not been called"
+    reason: str = CLOSED
     open_before: bool = False
     open_after: bool = False
+    recomputed: TokenLayout | None = None
     awaits_backward: bool = False
     ambiguous: bool = False
 
-    def begin(self, layout: TokenLayout | None) -> None:
-        """Note the layout of a forward that may be recomputed."""
-        same_length = layout is not None and self.layout is not None and layout.tokens == self.layout.tokens
+    def begin(self, layout: TokenLayout | None, checkpoints: bool) -> None:
+        """Note the layout of a forward; with `checkpoints`, of one that may be recomputed."""
+        self.layout = layout
+        if layout is None:
+            self.reason = "the token layout of this call is not known"
+        if not checkpoints:
+            return
+        last, self.recomputed = self.recomputed, layout
         if not self.awaits_backward:
             self.ambiguous = False
-        elif same_length and layout != self.layout:
+        elif layout is not None and last is not None and layout.tokens == last.tokens and layout != last:
             self.ambiguous = True
         self.awaits_backward = True
-        self.layout = layout
+
+    def end(self) -> None:
+        """Forget the layout of a forward, but for recomputation."""
+        self.layout, self.reason = self.recomputed, CLOSED
 
 
 @dataclass(eq=False)
 class Switch:
-    """Whether the operators of one model are active in this forward (`steps=`), and why not."""
+    """Whether the operators of one model are active in this forward (`steps=`), and why not.
+
+    Attributes:
+        active: False in a denoising step that is not one of `steps`.
+        reason: Why not; empty when active.
+        open: Whether a forward of the model is running. A call outside of one has no layout that could be trusted.
+    """
 
     active: bool = True
     reason: str = ""
+    open: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,44 +20,79 @@ from vision_attn.patching.layer import Layer
 from vision_attn.patching.layouts import FAMILIES, REFUSED, Family, family_of
 from vision_attn.patching.parameters import initial_parameters
 from vision_attn.patching.report import Skipped
-from vision_attn.patching.routing import Processor, Route, attention_call, is_routed, stock_of
+from vision_attn.patching.routing import Processor, Route, attention_calls, is_routed, stock_of
 from vision_attn.patching.selection import Rule
 from vision_attn.patching.steps import TIMESTEP_NAMES, StepTracker
 
 DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "decoder", "diffusion_decoder")
 
 
-def denoisers(target: Any, known_only: bool = True) -> list[tuple[str, nn.Module]]:
-    """The models of a pipeline that denoise, each with a prefix for the names of its layers; or the model itself.
-
-    Args:
-        target: A diffusers pipeline or model.
-        known_only: In a pipeline, take only models whose layout is known (all denoisers if there is none).
+def models_of(target: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by name, each once; or the model itself under an empty name.
 
     Raises:
-        PatchError: A pipeline without denoiser.
         NotImplementedError: A timm model.
-        TypeError: Something else.
+        TypeError: Neither a diffusers pipeline nor a model.
     """
     if isinstance(target, nn.Module):
         if type(call_module(target)).__module__.startswith("timm."):
             raise NotImplementedError(
                 f"patch: target must be a diffusers model in this release, got the timm model {type(target).__name__}"
             )
-        return [("", target)]
+        return {"": target}
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
         raise TypeError(f"patch: target must be a diffusers pipeline or model, got {type(target).__name__}")
-    models = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    models: dict[str, nn.Module] = {}
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and not any(part is known for known in models.values()):
+            models[name] = part
+    return models
+
+
+def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
+    """The models of a pipeline that denoise, each with a prefix for the names of its layers; or the model itself.
+
+    Of a pipeline those whose layout is known are taken, or all denoisers when there is none.
+
+    Raises:
+        PatchError: A pipeline without denoiser.
+        NotImplementedError: A timm model.
+        TypeError: Something else.
+    """
+    models = models_of(target)
+    if isinstance(target, nn.Module):
+        return list(models.items())
     found = [(name, part) for name, part in models.items() if _is_denoiser(name, part)]
-    if not found or not known_only:
-        found = [(name, part) for name, part in models.items() if (name, part) in found or name in DENOISER_NAMES]
-    if not found and known_only:
+    if not found:
+        found = [(name, part) for name, part in models.items() if name in DENOISER_NAMES]
+    if not found:
         raise PatchError(
             f"patch: target must have a transformer or unet, got {type(target).__name__} with "
             f"{', '.join(models) or 'no model'}"
         )
     return [("" if len(found) == 1 else f"{name}.", part) for name, part in found]
+
+
+def left_out(target: Any, patched: Sequence[tuple[str, nn.Module]]) -> list[Skipped]:
+    """Models that take part in denoising and are none of the `patched` ones, with the reason."""
+    skipped = []
+    for name, part in models_of(target).items():
+        if any(part is model for _, model in patched) or not ("controlnet" in name or name in DENOISER_NAMES):
+            continue
+        cls = type(call_module(part)).__name__
+        skipped.append(Skipped(name, REFUSED.get(cls, f"{cls} is not patched with the pipeline: patch it by itself")))
+    return skipped
+
+
+def timestep_direction(models: Sequence[tuple[str, nn.Module]]) -> int:
+    """Where timesteps go in a run of these models: -1 falling, 1 rising, 0 not known."""
+    for _, model in models:
+        for cls in type(call_module(model)).__mro__:
+            for family in FAMILIES:
+                if cls.__name__ in family.classes:
+                    return family.timesteps
+    return 0
 
 
 def _is_denoiser(name: str, model: nn.Module) -> bool:
@@ -128,7 +164,7 @@ def plan(
         shown, processor = prefix + name, module.processor
         rule = next((rule for rule in rules if rule.serves(prefix, name)), None)
         cell = cells.of(name)
-        reason = "not selected by layers" if rule is None else _skip_reason(family, name, processor, cell)
+        reason = "not selected by layers" if rule is None else _skip_reason(model, family, name, processor, cell)
         if rule is None or cell is None or reason:
             result.skipped.append(Skipped(shown, reason))
             continue
@@ -141,7 +177,7 @@ def plan(
             strict,
             image_only=family is not None and any(fnmatchcase(name, pattern) for pattern in family.image_only),
             in_parts=family is not None and family.in_parts,
-            parameters=initial_parameters(rule.operator),
+            initial=initial_parameters(rule.operator),
             trainable=trainable,
         )
         result.routed.append((module, layer))
@@ -205,11 +241,12 @@ class _Cells:
         return [(module, self._layout, cell) for name, (module, cell) in self._scopes.items() if name in self._asked]
 
 
-def _skip_reason(family: Family | None, name: str, processor: Processor, cell: Cell | None) -> str:
+def _skip_reason(model: nn.Module, family: Family | None, name: str, processor: Processor, cell: Cell | None) -> str:
     reason = family.skip_reason(name) if family is not None else None
-    if reason:
+    doubled = getattr(getattr(model, "config", None), "double_self_attention", False)
+    if reason and not (doubled and name.endswith(".attn2")):  # there the second attention sees the image again
         return reason
-    if attention_call(type(processor)) is None and not is_routed(processor):
+    if not attention_calls(type(processor)) and not is_routed(processor):
         return f"{type(processor).__name__} makes no attention call that can be routed"
     if cell is None:
         return "outside of the blocks that tell a token grid"
@@ -218,10 +255,21 @@ def _skip_reason(family: Family | None, name: str, processor: Processor, cell: C
 
 def _route(routes: list[Route], operator: Any) -> Route:
     for route in routes:
-        if route.operator is operator or (type(route.operator) is type(operator) and route.operator == operator):
+        if route.operator is operator or _same(route.operator, operator):
             return route
     routes.append(Route(operator))
     return routes[-1]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two operators are the same in every field, also in those that their own `==` leaves out."""
+    if type(one) is not type(other):
+        return False
+    fields = [(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)]
+    try:
+        return all(mine is others or bool(mine == others) for mine, others in fields)
+    except (RuntimeError, ValueError, TypeError):  # tensors and arrays have no one answer
+        return False
 
 
 def _original(name: str, processor: Processor) -> Processor:

@@ -33,6 +33,11 @@ def check_grid(grid: Any) -> TokenLayout:
     return TokenLayout(tuple(grid))
 
 
+def _spatial(grid: tuple[int, ...]) -> tuple[int, ...]:
+    """A single frame is an image."""
+    return grid[1:] if len(grid) == 3 and grid[0] == 1 else grid
+
+
 class GivenLayout:
     """A layout function that answers the user's layout, whatever the call.
 
@@ -64,7 +69,8 @@ class GivenGrid:
         """The family's layout with the user's grid.
 
         Raises:
-            PatchError: The call has another number of image tokens than the grid.
+            PatchError: The model's own grid in this call is another one. Where it cannot be read, in a compiled graph,
+                the user's is taken.
         """
         if torch.compiler.is_compiling() and self.family.layout_of_grid is not None:
             return self.family.layout_of_grid(module, call, self.grid)
@@ -76,5 +82,9 @@ class GivenGrid:
             raise PatchError(
                 f"patch: grid must have the {layout.image_tokens} image tokens of this call, got {self.grid}: the "
                 f"model's own grid is {layout.grid}"
+            )
+        if _spatial(layout.grid) != _spatial(self.grid):
+            raise PatchError(
+                f"patch: grid must be the model's own {layout.grid} in this call, got {self.grid}: leave grid out"
             )
         return dataclasses.replace(layout, grid=self.grid)

@@ -13,7 +13,7 @@ from torch import nn
 
 from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
-from vision_attn.patching.cell import Cell
+from vision_attn.patching.cell import Cell, in_backward
 
 if TYPE_CHECKING:
     from vision_attn.patching.installation import Installation
@@ -84,12 +84,9 @@ class ScopeHook(Hook):
         """Write the layout of this call."""
         module = getattr(module, "_orig_mod", module)
         layout = self.layout(module, bind(self.names, self.defaults, args, kwargs))
-        if module.training and getattr(module, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
-            self.cell.begin(layout)
-        else:
-            self.cell.layout = layout
-        if self.cell.layout is None:
-            self.cell.reason = "the token layout of this call is not known"
+        # diffusers checkpoints whenever gradients are on, in eval mode too.
+        checkpoints = not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_backward()
+        self.cell.begin(layout, checkpoints and getattr(module, "gradient_checkpointing", False))
 
     def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
         """Write the layout inside a graph: possible where it comes from shapes."""
@@ -115,9 +112,11 @@ class BeforeForward(Hook):
                 "patch: steps= must be followed outside of compiled code, got a model inside a graph: "
                 "compile the model itself or its blocks, or leave steps out"
             )
+        self.installation.switch.open = True
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward."""
+        self.installation.enter()
         self.installation.check()
         self.installation.begin(bind(self.names, self.defaults, args, kwargs))
 
@@ -133,8 +132,27 @@ class AfterForward(Hook):
         self.installation = installation
 
     def run(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End a forward."""
+        """Check a forward."""
         self.installation.require_operator_calls()
+
+
+class CloseForward(Hook):
+    """Forward hook on the model, called after an exception too: the layers forget the forward.
+
+    Args:
+        installation: The patched layers of the model.
+    """
+
+    def __init__(self, installation: Installation) -> None:
+        self.installation = installation
+
+    def traced(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End a forward inside a graph."""
+        self.installation.end()
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End a forward."""
+        self.installation.leave()
 
 
 def forward_arguments(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:

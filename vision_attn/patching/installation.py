@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from torch import nn
 
 from vision_attn.errors import PatchError
 from vision_attn.patching.cell import Cell, Switch
-from vision_attn.patching.hooks import AfterForward, BeforeForward, Hook, LayoutFunction, ScopeHook
+from vision_attn.patching.hooks import AfterForward, BeforeForward, CloseForward, Hook, LayoutFunction, ScopeHook
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.report import Skipped
-from vision_attn.patching.routing import Processor, attention_call, is_routed, stock_class, stock_of
+from vision_attn.patching.routing import Processor, attention_calls, is_routed, stock_class, stock_of
 from vision_attn.patching.steps import StepTracker
 
 
@@ -25,6 +26,13 @@ class Entry:
     module: nn.Module
     layer: Layer
     twin: Processor
+
+
+class _Running(dict[str, int]):
+    """The thread that is in a forward, if one is; never copied with a model."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Running:
+        return _Running()
 
 
 class Installation:
@@ -49,12 +57,20 @@ class Installation:
         self.entries: list[Entry] = []
         self.skipped: list[Skipped] = []
         self.lost: dict[str, str] = {}
+        self._run = -1
+        self._cells: list[Cell] = []
+        self._thread = _Running()
         self._hooks: list[tuple[nn.Module, Hook]] = []
 
     @property
     def layers(self) -> list[Layer]:
         """The patched layers."""
         return [entry.layer for entry in self.entries]
+
+    @property
+    def current(self) -> bool:
+        """Whether the listed calls are of the run that is followed; another denoiser may have begun a new one."""
+        return self.tracker is None or self.tracker.run == self._run
 
     def add(self, module: nn.Module, layer: Layer) -> None:
         """Put a routed processor into an attention module."""
@@ -67,13 +83,41 @@ class Installation:
         self._register(self.hooked, BeforeForward(self.hooked, self), before=True)
         for module, layout, cell in scopes:
             self._register(module, ScopeHook(module, layout, cell), before=True)
+            self._cells.append(cell)
         self._register(self.hooked, AfterForward(self), before=False)
+        self._register(self.hooked, CloseForward(self), before=False)
+
+    def enter(self) -> None:
+        """Open a forward.
+
+        Raises:
+            PatchError: Another thread is in one; layers of both would read the same layout.
+        """
+        if self._cells and self._thread.setdefault("ident", threading.get_ident()) != threading.get_ident():
+            raise PatchError(
+                f"patch: a patched {type(self.model).__name__} must run in one thread at a time, got a forward in a "
+                "second one: hold a lock around calls, or give each thread a copy.deepcopy of the model"
+            )
+        self.switch.open = True
+
+    def leave(self) -> None:
+        """Close the forward of this thread, if it has one."""
+        if not self._cells or self._thread.get("ident") == threading.get_ident():
+            self.end()
+            self._thread.clear()
+
+    def end(self) -> None:
+        """Forget the layouts of a forward."""
+        self.switch.open = False
+        for cell in self._cells:
+            cell.end()
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """Start a forward: forget the calls of the last one, or of the last run when steps are followed."""
         fresh = True
         if self.tracker is not None:
-            fresh = self.tracker.advance(arguments)
+            self.tracker.advance(arguments)
+            fresh, self._run = not self.current, self.tracker.run
             self.switch.active = self.tracker.active
             self.switch.reason = "" if self.switch.active else f"denoising step {self.tracker.step} is not in steps"
         for layer in self.layers:
@@ -98,6 +142,7 @@ class Installation:
         layer = entry.layer
         if is_routed(current):
             if current.layer is layer:  # an earlier twin that was put back, as unfusing does
+                layer.register_parameters(current)
                 entry.twin, layer.original = current, getattr(current, "original", layer.original)
             elif current.layer is not None and current.layer.installed:
                 self._lose(layer, f"another patch holds it ({current.layer.operator})")
@@ -106,7 +151,7 @@ class Installation:
             return
         if type(current) is stock_class(entry.twin):
             self._lose(layer, f"its processor was set back to a stock {type(current).__name__}")
-        elif attention_call(type(current)) is None:
+        elif not attention_calls(type(current)):
             self._lose(layer, f"its new processor {type(current).__name__} makes no attention call that can be routed")
         else:
             self._route_again(entry, current)
@@ -178,7 +223,7 @@ class Installation:
         if before:
             module.register_forward_pre_hook(hook, with_kwargs=True)
         else:
-            module.register_forward_hook(hook)
+            module.register_forward_hook(hook, always_call=isinstance(hook, CloseForward))
         self._hooks.append((module, hook))
 
 
@@ -199,3 +244,4 @@ def _unregister(module: nn.Module, hook: Hook) -> None:
         for key in [key for key, value in hooks.items() if value is hook]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)

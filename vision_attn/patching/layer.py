@@ -29,7 +29,7 @@ class Layer:
         strict: Whether a call that the operator cannot honour is an error.
         image_only: Whether the layer's sequence is the image tokens alone.
         in_parts: Whether calls without the image are part of the layer's work (`Family.in_parts`).
-        parameters: Learned operator parameters of this layer.
+        initial: Learned operator parameters of this layer, as they were made.
         trainable: Whether they are registered in the model, by the processor.
         calls: The calls since the forward (with `steps=`: the run) began.
         served: Whether the operator has taken a call in this forward.
@@ -45,30 +45,44 @@ class Layer:
     strict: bool = True
     image_only: bool = False
     in_parts: bool = False
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    initial: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: bool = False
     calls: list[Call] = field(default_factory=list)
     served: bool = False
     unmatched: str = ""
     installed: bool = True
 
+    def __post_init__(self) -> None:
+        self._holder = self.initial  # where the parameters are: with `trainable`, among those of the processor
+
     @property
     def operator(self) -> Any:
         """The operator of this layer."""
         return self.route.operator
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Learned operator parameters; with `trainable`, those that are registered now: loading may replace them."""
+        return {name: self._holder[name] for name in self.initial}
+
     def make_twin(self, original: Processor = None) -> Processor:
         """A routed stand-in for a stock processor, by default the layer's current original."""
-        learned = self.trainable and bool(self.parameters)
+        learned = self.trainable and bool(self.initial)
         twin = self.route.twin(self.original if original is None else original, self, learned)
-        if learned:
+        self.register_parameters(twin)
+        return twin
+
+    def register_parameters(self, twin: Processor) -> None:
+        """With `trainable`, register the parameters in a routed processor, and read them there from now on."""
+        if self.trainable and self.initial:
             for name, parameter in self.parameters.items():
                 twin.register_parameter(name, parameter)
-        return twin
+            self._holder = twin._parameters
 
     def release_parameters(self) -> None:
         """Take registered parameters out of an original that holds parameters itself (IP-Adapter) and shares them."""
         held = self.original._parameters if isinstance(self.original, nn.Module) else {}
+        self._holder = self.parameters
         for name, parameter in self.parameters.items():
             if held.get(name) is parameter:
                 del held[name]

@@ -23,6 +23,7 @@ from torch import nn
 from vision_attn.errors import PatchError, UnsupportedError
 from vision_attn.layout import TokenLayout
 from vision_attn.operators import Neighborhood
+from vision_attn.patching.call import check_output, is_dense
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.diffusers import Plan, _original, attention_modules, call_module
 from vision_attn.patching.installation import Installation
@@ -65,7 +66,7 @@ class WindowProcessor:
             block_mask: Never read: the window comes from the operator.
         """
         layer = self.layer
-        if not layer.installed or getattr(layer.operator, "operator_name", None) == "dense":
+        if not layer.installed or is_dense(layer.operator):
             layer.note("operator" if layer.installed else "dense", "", None)
             return layer.original(attn, hidden_states)
         query, key, value = (tensor.flatten(1, 3) for tensor in attn.project_qkv(hidden_states))
@@ -108,6 +109,7 @@ def _operate(
             ) from error
         layer.note("dense", str(error), layout)
         return Neighborhood(tuple(kernel_size))(query, key, value, layout, scale=1.0)
+    check_output(layer.operator, layer.name, output, query, value)
     layer.note("operator", "", layout)
     return output
 

@@ -1,9 +1,9 @@
 """Run a stock attention processor with only its attention call replaced.
 
 A processor class is subclassed; the subclass runs upstream's own code object over a copy of its globals in which
-`dispatch_attention_fn` (or `F.scaled_dot_product_attention`) is ours. Projections, norms, rotary embeddings and outputs
-stay upstream's, so nothing is copied that an upgrade could outdate, and a class that stops calling those names is
-reported instead of silently missed.
+`dispatch_attention_fn` (or `F.scaled_dot_product_attention`) is ours, whatever name it goes by there. Projections,
+norms, rotary embeddings and outputs stay upstream's, so nothing is copied that an upgrade could outdate, and a class
+that reaches those functions in another way (a local import, a closure) is reported instead of silently missed.
 
 There is one subclass per (stock class, operator), never one per layer: torch.compile then needs one graph per kind of
 block. What differs between layers is in two slots of the instance: `layer`, and `original`, the stock processor.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
+import dis
 import functools
 import sys
 import threading
@@ -56,13 +57,43 @@ def with_globals(function: Any, **names: Any) -> Any:
     return twin
 
 
-def attention_call(stock: type) -> str | None:
-    """Name of the attention function that `stock.__call__` calls directly; `None` when there is none to replace."""
-    code = getattr(getattr(stock, "__call__", None), "__code__", None)  # noqa: B004 - the function, not the fact
-    for name in ("dispatch_attention_fn", "scaled_dot_product_attention"):
-        if code is not None and name in code.co_names:
-            return name
-    return None
+DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
+
+# Opcodes that stand between a name and its attribute without meaning anything.
+_SILENT = ("EXTENDED_ARG", "CACHE", "NOP", "PUSH_NULL")
+
+
+def attention_calls(stock: type) -> list[tuple[str, ...]]:
+    """How `stock.__call__` spells the attention functions that can be replaced: a global's name, then attributes.
+
+    `import torch.nn.functional as F` gives `("F", "scaled_dot_product_attention")`. Empty when there is none.
+    """
+    call = getattr(stock, "__call__", None)  # noqa: B004 - the function, not the fact
+    code, namespace = getattr(call, "__code__", None), getattr(call, "__globals__", {})
+    found: list[tuple[str, ...]] = []
+    path: tuple[str, ...] = ()
+    reached: Any = None
+    for step in dis.get_instructions(code) if code is not None else ():
+        if step.opname in _SILENT:
+            continue
+        if step.opname == "LOAD_GLOBAL":
+            path, reached = (step.argval,), namespace.get(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(reached, types.ModuleType):
+            path, reached = (*path, step.argval), getattr(reached, step.argval, None)
+        else:
+            path, reached = (), None
+        if _attention_function(path, reached) and path not in found:
+            found.append(path)
+    return found
+
+
+def _attention_function(path: tuple[str, ...], reached: Any) -> str | None:
+    """Which of the two attention functions a name has led to."""
+    if not callable(reached):
+        return None
+    if path[-1] == DISPATCH or reached is getattr(sys.modules.get("diffusers.models.attention_dispatch"), DISPATCH, 0):
+        return DISPATCH
+    return SDPA if path[-1] == SDPA or reached is nn.functional.scaled_dot_product_attention else None
 
 
 def stock_class(processor: Processor) -> type:
@@ -122,7 +153,8 @@ class Route:
         """A routed stand-in for `processor`.
 
         It shares the attributes of the original (`_attention_backend`, IP-Adapter scales and weights), so that a change
-        to either is seen by both.
+        to either is seen by both. Only where a plain original gets a stand-in with parameters, which is a module and
+        has state of its own, does a change to the original stay there.
         """
         twin: Any = object.__new__(self.routed(type(processor), learned))
         if isinstance(twin, nn.Module) and not isinstance(processor, nn.Module):
@@ -138,7 +170,7 @@ class Route:
 def _routed_class(stock: Any, operator: Any, learned: bool) -> type:
     running = _Running()
     stock_call = stock.__call__
-    routed_call = with_globals(stock_call, **_replaced_names(stock_call, attention_call(stock), operator, running))
+    routed_call = with_globals(stock_call, **_replaced_names(stock, operator, running))
 
     # diffusers passes the arguments that the signature names and drops all others.
     @functools.wraps(stock_call)
@@ -165,25 +197,34 @@ def _routed_class(stock: Any, operator: Any, learned: bool) -> type:
         "__deepcopy__": _deepcopy,
         "stock_class": stock,
     }
+    if learned:
+        body |= {"__setattr__": _setattr, "__delattr__": _delattr}
     bases = (stock, nn.Module) if learned else (stock,)
     return types.new_class(stock.__name__, bases, {}, lambda namespace: namespace.update(body))
 
 
-def _replaced_names(stock_call: Any, name: str | None, operator: Any, running: Any) -> dict[str, Any]:
-    namespace = stock_call.__globals__
-    if name == "dispatch_attention_fn":
-        return {name: _dispatch(namespace[name], operator, running)}
-    if name == "scaled_dot_product_attention":
-        # Processors spell it F.scaled_dot_product_attention or torch.nn.functional.scaled_dot_product_attention.
-        functional = Overlay(nn.functional, scaled_dot_product_attention=_sdpa(operator, running))
-        network = Overlay(nn, functional=functional)
-        spellings = {"F": functional, "nn": network, "torch": Overlay(torch, nn=network)}
-        genuine = {"F": nn.functional, "nn": nn, "torch": torch}
-        names = {key: value for key, value in spellings.items() if namespace.get(key) is genuine[key]}
-        if namespace.get(name) is nn.functional.scaled_dot_product_attention:
-            names[name] = functional.scaled_dot_product_attention
-        return names
-    raise TypeError(f"{stock_call.__qualname__} makes no attention call that can be replaced")
+def _replaced_names(stock: Any, operator: Any, running: Any) -> dict[str, Any]:
+    """Globals of `stock.__call__` that lead to an attention function, changed to lead to ours."""
+    namespace = stock.__call__.__globals__
+    names: dict[str, Any] = {}
+    for path in attention_calls(stock):
+        modules = [namespace[path[0]]]
+        for name in path[1:]:
+            modules.append(getattr(modules[-1], name))
+        genuine = modules.pop()
+        dispatched = _attention_function(path, genuine) == DISPATCH
+        replaced = _dispatch(genuine, operator, running) if dispatched else _sdpa(operator, running)
+        _overlay(names, path, modules, replaced)
+    if not names:
+        raise TypeError(f"{stock.__qualname__} makes no attention call that can be replaced")
+    return names
+
+
+def _overlay(names: dict[str, Any], path: tuple[str, ...], modules: list[Any], function: Any) -> None:
+    """Set `path` in `names` to `function`, over overlays of the `modules` that it leads through."""
+    for name, module in zip(path, modules):  # noqa: B905 - the last name is the function's
+        names = vars(names.setdefault(name, Overlay(module)))
+    names[path[-1]] = function
 
 
 def _dispatch(stock: Callable[..., torch.Tensor], operator: Any, running: Any) -> Callable[..., torch.Tensor]:
@@ -257,6 +298,23 @@ def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
     object.__setattr__(instance, "layer", None)
     object.__setattr__(instance, "original", None)
     return instance
+
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _setattr(self: Any, name: str, value: Any) -> None:
+    # A stand-in with parameters has attributes of its own: changes to them must outlive it, as in one without.
+    nn.Module.__setattr__(self, name, value)
+    if self.original is not None and name in self.__dict__.keys() - _MODULE_STATE:
+        setattr(self.original, name, value)
+
+
+def _delattr(self: Any, name: str) -> None:
+    plain = name in self.__dict__
+    nn.Module.__delattr__(self, name)
+    if self.original is not None and plain and hasattr(self.original, name):
+        delattr(self.original, name)
 
 
 def _reduce(self: Any, protocol: int = 2) -> Any:

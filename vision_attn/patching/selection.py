@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -67,7 +68,7 @@ def check_operator(op: Any) -> Any:
     """Return `op` if it is an operator object.
 
     Raises:
-        TypeError: A text, a class, or something that is no operator.
+        TypeError: A text, a class, something that is no operator, or one that cannot be called as operators are.
     """
     if isinstance(op, str):
         raise TypeError(f"patch: op must be an operator object, got the text {op!r}: write va.parse({op!r})")
@@ -78,6 +79,15 @@ def check_operator(op: Any) -> Any:
             f"patch: op must be an operator object such as va.Clear(radius=8), got {op!r}: va.operators() lists them, "
             "@va.register_operator adds one"
         )
+    operator: Any = op
+    signature = inspect.signature(operator)
+    try:
+        signature.bind_partial("query", "key", "value", "layout", scale=None)
+    except TypeError as error:
+        raise TypeError(
+            f"patch: op must be called as op(query, key, value, layout, scale=None), got {op} with {signature} "
+            f"({error}): mend its __call__"
+        ) from error
     return op
 
 

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from vision_attn.errors import PatchError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -27,11 +29,12 @@ def check_steps(steps: Any) -> range | frozenset[int]:
             f"patch: steps must be a range or a set of step numbers, got {steps!r}: write range(2, 20) or {{0, 3}}"
         )
     numbers = steps if isinstance(steps, range) else frozenset(steps)
-    if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+    ends = (*numbers[:1], *numbers[-1:]) if isinstance(numbers, range) else numbers  # a range may be endless
+    if any(isinstance(number, bool) or not isinstance(number, int) for number in ends):
         raise TypeError(f"patch: steps must hold integers, got {steps!r}: write range(2, 20) or {{0, 3}}")
-    if len(numbers) == 0:
+    if not ends:
         raise ValueError(f"patch: steps must hold at least one step, got {steps!r}: leave it out to patch every step")
-    if min(numbers) < 0:
+    if min(ends) < 0:
         raise ValueError(f"patch: steps must hold step numbers of at least 0, got {steps!r}: the first step is 0")
     return numbers
 
@@ -39,27 +42,43 @@ def check_steps(steps: Any) -> range | frozenset[int]:
 class StepTracker:
     """Counts denoising steps over all denoisers of a patch.
 
-    In a pipeline a run begins with a new `scheduler.timesteps` tensor, and every timestep value not seen in the run is
-    a new step: the passes of classifier-free guidance and the second evaluation of a Heun step belong to one step. A
-    model without its pipeline is followed by its timesteps alone: they move in one direction through a run.
+    In a pipeline a run begins with a new `scheduler.timesteps` tensor, and every timestep not seen in the run is a new
+    step: the passes of classifier-free guidance and the second evaluation of a Heun step belong to one step. Timesteps
+    that the model's dtype rounds to the same number are told apart by the scheduler's `step_index`.
+
+    A model without its pipeline is followed by its timesteps alone: they move in one direction through a run, from
+    noisy to clean, and a run begins when they turn back. So it is when another pipeline, with a scheduler of its own,
+    runs the model: that is noticed when the known scheduler has no step left, or when timesteps turn back to the first
+    one of the run or to one that it never had.
 
     Args:
         steps: The steps in which operators are active.
         pipeline: The pipeline whose scheduler tells the runs; held weakly.
+        direction: Where timesteps go in a run without scheduler: -1 falling, 1 rising, 0 to learn it from the first
+            change, which is wrong after a run of one step at the clean end.
+
+    Attributes:
+        step: The current step, -1 before the first.
+        run: How many runs have begun.
     """
 
-    def __init__(self, steps: range | frozenset[int], pipeline: Any = None) -> None:
+    def __init__(self, steps: range | frozenset[int], pipeline: Any = None, direction: int = 0) -> None:
         self.steps = steps
         self.step = -1
+        self.run = 0
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._timesteps: Any = None
-        self._seen: list[float] = []
-        self._direction = 0
+        self._known_direction = self._direction = direction
+        self._schedule: Any = None
+        self._timesteps: list[float] = []
+        self._foreign = pipeline is None
+        self._seen: list[tuple[float, float]] = []
+        self._values: list[float] = []
+        self._turned_back = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
         # Copied together with its pipeline it follows the copy; a model copied alone has no scheduler any more.
         pipeline = None if self._pipeline is None else self._pipeline()
-        twin = StepTracker(copy.deepcopy(self.steps, memo), memo.get(id(pipeline)))
+        twin = StepTracker(copy.deepcopy(self.steps, memo), memo.get(id(pipeline)), self._known_direction)
         memo[id(self)] = twin
         return twin
 
@@ -68,45 +87,85 @@ class StepTracker:
         """Whether the current step is one of `steps`."""
         return self.step in self.steps
 
-    def advance(self, arguments: Mapping[str, Any]) -> bool:
-        """Note the timestep of a forward; tells whether a new run has begun.
+    def advance(self, arguments: Mapping[str, Any]) -> None:
+        """Note the timestep of a forward.
 
         Args:
             arguments: The model's forward arguments by name.
 
         Raises:
-            PatchError: The model is called without a timestep.
+            PatchError: The model is called without a timestep, or without scheduler from clean to noisy.
         """
         value = _timestep(arguments)
-        timesteps = self._scheduled()
-        if timesteps is None:
-            return self._follow(value)
-        begins = timesteps is not self._timesteps
-        if begins:
-            self._timesteps, self._seen = timesteps, []
-        if value not in self._seen:
-            self._seen.append(value)
-        self.step = self._seen.index(value)
-        return begins
+        scheduler = getattr(None if self._pipeline is None else self._pipeline(), "scheduler", None)
+        schedule = getattr(scheduler, "timesteps", None)
+        if schedule is not None and schedule is not self._schedule:
+            self._begin(value, 0)
+            self._schedule, self._foreign = schedule, False
+            self._timesteps = torch.as_tensor(schedule).tolist()  # one synchronisation per run
+        elif not self._foreign and (schedule is None or self._is_of_another(value, scheduler)):
+            self._begin(value, self._known_direction)
+            self._foreign = True
+        if self._foreign:
+            self._follow(value)
+        else:
+            self._count(value, scheduler)
 
-    def _scheduled(self) -> Any:
-        pipeline = None if self._pipeline is None else self._pipeline()
-        return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+    def _begin(self, value: float, direction: int) -> None:
+        self.run += 1
+        self.step, self._seen, self._values = 0, [], [value]
+        self._direction, self._turned_back = direction, False
 
-    def _follow(self, value: float) -> bool:
-        if not self._seen:
-            self._seen, self.step = [value], 0
+    def _count(self, value: float, scheduler: Any) -> None:
+        """The step of a run of the pipeline: how many others were seen before it."""
+        key = self._scheduled(scheduler), value
+        if key not in self._seen:
+            self._seen.append(key)
+        self.step = self._seen.index(key)
+        self._move(value)
+
+    def _scheduled(self, scheduler: Any) -> float:
+        """The scheduler's own timestep, which no model dtype has rounded; 0 when it does not tell where it is."""
+        if not self._timesteps or not hasattr(scheduler, "step_index"):
+            return 0.0
+        index = scheduler.step_index
+        if index is None:  # before the first step
+            index = getattr(scheduler, "begin_index", None) or 0
+        return self._timesteps[min(index, len(self._timesteps) - 1)]
+
+    def _is_of_another(self, value: float, scheduler: Any) -> bool:
+        """Whether a forward cannot belong to the run of the known scheduler."""
+        index = getattr(scheduler, "step_index", None)
+        if index is not None and index >= len(self._timesteps):
             return True
-        change = value - self._seen[-1]
-        if change == 0:
-            return False
-        direction = 1 if change > 0 else -1
-        if self._direction in (0, direction):
-            self._direction, self.step = direction, self.step + 1
-            self._seen = [value]
-            return False
-        self._direction, self.step, self._seen = 0, 0, [value]
-        return True
+        new = value not in self._values
+        if new and len(set(self._values)) >= len(set(self._timesteps)):
+            return True
+        turns_back = (value - self._values[-1]) * self._direction < 0
+        return turns_back and (new or value == self._values[0])
+
+    def _follow(self, value: float) -> None:
+        """The step of a run that only its timesteps tell."""
+        if not self._values:
+            self._begin(value, self._known_direction)
+        elif (value - self._values[-1]) * self._direction < 0:
+            if self._known_direction and self._turned_back and len(self._values) == 1:
+                raise PatchError(
+                    f"patch: steps= needs timesteps that go from noisy to clean, got {self._values[-1]:g} and then "
+                    f"{value:g} in the other direction: patch the pipeline, whose scheduler tells the steps"
+                )
+            self._begin(value, self._known_direction)
+            self._turned_back = True
+        elif value != self._values[-1]:
+            self._turned_back = False
+            self.step += 1
+            self._move(value)
+
+    def _move(self, value: float) -> None:
+        change = value - self._values[-1]
+        if change:
+            self._direction = self._direction or (1 if change > 0 else -1)
+            self._values.append(value)
 
 
 def _timestep(arguments: Mapping[str, Any]) -> float:

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from vision_attn.errors import PatchError
-from vision_attn.patching.diffusers import attention_modules, call_module, denoisers, plan
+from vision_attn.patching.diffusers import (
+    attention_modules,
+    call_module,
+    denoisers,
+    left_out,
+    models_of,
+    plan,
+    timestep_direction,
+)
 from vision_attn.patching.grids import check_grid
 from vision_attn.patching.installation import Installation, installations
 from vision_attn.patching.ltx2_decoder import OwnWindow, check_arguments, is_decoder, plan_decoder
@@ -27,8 +35,9 @@ class Patch:
         skipped: Attention that was left alone, each with `.name` and `.reason`.
     """
 
-    def __init__(self, installed: Iterable[Installation]) -> None:
+    def __init__(self, installed: Iterable[Installation], left_out: Iterable[Skipped] = ()) -> None:
         self._installations = list(installed)
+        self._left_out = list(left_out)
         self._removed = False
 
     @property
@@ -43,8 +52,12 @@ class Patch:
 
     @property
     def skipped(self) -> list[Skipped]:
-        """Attention layers left as they are, and layers that have lost their operator since: `.name`, `.reason`."""
-        return [
+        """What keeps its attention: `.name`, `.reason`.
+
+        Layers left as they are, layers that have lost their operator since, and denoising models of the pipeline that
+        the patch does not reach.
+        """
+        layers = [
             skipped
             for installation in self._installations
             for skipped in [
@@ -52,6 +65,7 @@ class Patch:
                 *(Skipped(name, reason) for name, reason in installation.lost.items()),
             ]
         ]
+        return [*layers, *self._left_out]
 
     @property
     def calls(self) -> dict[str, list[Call]]:
@@ -63,7 +77,7 @@ class Patch:
             layer.name: list(layer.calls)
             for installation in self._installations
             for layer in installation.layers
-            if layer.calls
+            if layer.calls and installation.current
         }
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -87,6 +101,7 @@ class Patch:
 
         Raises:
             KeyError: Missing or unexpected keys.
+            TypeError: Something that is no tensor.
             ValueError: A tensor of another shape.
         """
         own = dict(self.named_parameters())
@@ -97,6 +112,8 @@ class Patch:
                 f"unexpected {unexpected[:3]}: compare with Patch.state_dict()"
             )
         for name, parameter in own.items():
+            if not isinstance(state_dict[name], torch.Tensor):
+                raise TypeError(f"load_state_dict: {name} must be a tensor, got a {type(state_dict[name]).__name__}")
             if parameter.shape != state_dict[name].shape:
                 raise ValueError(
                     f"load_state_dict: {name} must have shape {tuple(parameter.shape)}, got "
@@ -149,7 +166,7 @@ def patch(
     LoRA, offloading, gradient checkpointing and saving work as on the stock model; so does `torch.compile`, with one
     graph per token grid (give it `dynamic=False`). IP-Adapters, fused projections and other new processors are routed
     again at the next forward. With gradient checkpointing call `backward` before the next forward: recomputed layers
-    use the token grid of the last one.
+    use the token grid of the last one. One thread at a time may run a patched model.
 
     Args:
         target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder.
@@ -157,13 +174,17 @@ def patch(
             made of neighborhood attention: left out for it, each layer keeps its own window, in linear memory.
         layers: `None` for every self- and joint attention, a glob or list of globs on module names, a predicate on
             names, or `{glob: operator}`, of which the first match counts.
-        steps: Range or set of denoising steps (the first is 0) in which the operator is active; dense otherwise.
+        steps: Range or set of denoising steps (the first is 0) in which the operator is active; dense otherwise. A
+            model without its pipeline is followed by its timesteps alone, and a run begins when they turn back from
+            clean to noisy: runs that begin less noisy than the last one ended cannot be told from its next step.
         grid: Token grid `(Y, X)` or `(T, Y, X)` for a model whose layout is not known or cannot be read in a compiled
-            graph. The image tokens are taken to be the last of the sequence; a `TokenLayout` says otherwise.
-        strict: Raise when a self-attention call cannot go to its operator (a mask it refuses, causal or dropped-out
-            attention), after a forward in which a layer's self-attention never had the tokens of its layout or no
-            operator was called at all, and when a layer lost its processor to another. With `False` such calls are
-            dense and listed in `Patch.calls`. Cross-attention stays dense in both cases.
+            graph; an error where the model says another. The image tokens are taken to be the last of the sequence; a
+            `TokenLayout` says otherwise.
+        strict: Raise when a layer runs outside of a forward of its model (`model.forward(...)` skips the hooks), when a
+            self-attention call cannot go to its operator (a mask it refuses, causal or dropped-out attention), after a
+            forward in which a layer's self-attention never had the tokens of its layout or no operator was called at
+            all, and when a layer lost its processor to another. With `False` such calls are dense and listed in
+            `Patch.calls`. Cross-attention stays dense in both cases.
         trainable: Register learned operator parameters in the model, so that its optimizers and state dict have them.
 
     Returns:
@@ -191,7 +212,7 @@ def patch(
         rules, [(prefix, name) for prefix, model in models for name, _ in attention_modules(call_module(model))]
     )
     pipeline = target if not isinstance(target, nn.Module) else None
-    tracker = None if numbers is None else StepTracker(numbers, pipeline)
+    tracker = None if numbers is None else StepTracker(numbers, pipeline, timestep_direction(models))
     plans = []
     for prefix, model in models:
         if is_decoder(model):
@@ -204,21 +225,23 @@ def patch(
         raise PatchError(
             f"patch: layers must leave at least one attention to route, got none: {reasons or 'no attention'}"
         )
-    return Patch(planned.install() for planned in plans)
+    return Patch([planned.install() for planned in plans], left_out(target, models))
 
 
 def unpatch(target: Any) -> None:
     """Remove every patch of a pipeline or model; the identical original processors are back.
 
     Args:
-        target: What was patched; an unpatched target is left as it is.
+        target: What was patched, or what holds it: patches of a model's parts and of a pipeline's ControlNets end as
+            well. An unpatched target is left as it is.
 
     Raises:
         TypeError: Not a pipeline or model.
     """
-    for _, model in denoisers(target, known_only=False):
-        for installation in reversed(installations(model) + installations(call_module(model))):
-            installation.remove()
+    for model in models_of(target).values():
+        for module in list(model.modules()):
+            for installation in reversed(installations(module)):
+                installation.remove()
 
 
 def _calls_text(calls: list[Call]) -> str:

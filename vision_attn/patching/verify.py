@@ -104,13 +104,14 @@ def verify(target: Any, *, inputs: Mapping[str, Any] | None = None) -> Verificat
 
 
 def _verify_model(prefix: str, model: nn.Module, inputs: Mapping[str, Any]) -> list[Check]:
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             return list((_decoder_checks if is_decoder(model) else _checks)(prefix, model, inputs))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _checks(prefix: str, model: nn.Module, inputs: Mapping[str, Any]) -> list[Check]:

@@ -40,10 +40,22 @@ def _sd3_controlnet(model: Any, call: Mapping[str, Any]) -> TokenLayout:
 
 
 CONTROLNET_FAMILIES: tuple[Family, ...] = (
-    Family("flux_controlnet", ("FluxControlNetModel",), _flux_controlnet, layout_of_grid=_flux_controlnet_of_grid),
-    Family("sd3_controlnet", ("SD3ControlNetModel",), _sd3_controlnet, image_only=("*.attn2",)),
-    Family("qwen_image_controlnet", ("QwenImageControlNetModel",), _qwen),
-    Family("hunyuan_dit_controlnet", ("HunyuanDiT2DControlNetModel",), _image, skip=(("*.attn2", CROSS_ATTENTION),)),
+    Family(
+        "flux_controlnet",
+        ("FluxControlNetModel",),
+        _flux_controlnet,
+        layout_of_grid=_flux_controlnet_of_grid,
+        timesteps=-1,
+    ),
+    Family("sd3_controlnet", ("SD3ControlNetModel",), _sd3_controlnet, image_only=("*.attn2",), timesteps=-1),
+    Family("qwen_image_controlnet", ("QwenImageControlNetModel",), _qwen, timesteps=-1),
+    Family(
+        "hunyuan_dit_controlnet",
+        ("HunyuanDiT2DControlNetModel",),
+        _image,
+        skip=(("*.attn2", CROSS_ATTENTION),),
+        timesteps=-1,
+    ),
     Family(
         "z_image_controlnet",
         ("ZImageControlNetModel",),
@@ -51,6 +63,7 @@ CONTROLNET_FAMILIES: tuple[Family, ...] = (
         skip=(("context_refiner.*", TEXT_ONLY),),
         image_only=("noise_refiner.*", "control_noise_refiner.*"),
         open_end=True,
+        timesteps=1,
     ),
 )
 

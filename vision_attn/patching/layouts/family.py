@@ -42,6 +42,8 @@ class Family:
             sample, with that sample's valid text; image refiners hold pads or references behind the image).
         in_parts: Attention is also called on parts of the sequence that do not hold the image (Qwen-Image 2.1 attends
             segment by segment while it fills its cache): such calls stay dense, and that is no mistake.
+        timesteps: Where the timesteps of the model go in a run, from noisy to clean: -1 falling, 1 rising, 0 not the
+            same for all its classes or not known.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Family:
     layout_of_grid: GridLayoutFunction | None = None
     open_end: bool = False
     in_parts: bool = False
+    timesteps: int = 0
 
     def layout_for(self, name: str, layout: TokenLayout, key_tokens: int) -> TokenLayout:
         """Give the layout of one attention call, from that of the main sequence.

@@ -100,6 +100,7 @@ UNET_FAMILIES: tuple[Family, ...] = (
             *_BLOCKS,
         ),
         skip=_SKIP,
+        timesteps=-1,
     ),
     Family(
         "kandinsky3",

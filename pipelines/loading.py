@@ -16,6 +16,14 @@ import vision_attn
 EMBEDDED_MODELS = ("shapes-flux",)
 # What a model's folder may say about how it wants to be run, beside its stock files.
 DEFAULTS_FILE = "vision_attn.json"
+# What is read of it, each an argument of the pipeline's call.
+_DEFAULTS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "prompt": ((str,), "text"),
+    "true_cfg_scale": ((int, float), "a number"),
+    **dict.fromkeys(
+        ("height", "width", "num_inference_steps", "num_frames", "max_sequence_length"), ((int,), "a whole number")
+    ),
+}
 
 
 def find_model(model: str) -> Path | str:
@@ -65,9 +73,15 @@ def load_pipeline(model: str, *, device: torch.device | str = "cpu", dtype: torc
 
     Raises:
         FileNotFoundError: as `find_model`, or a Hub id that cannot be had.
-        ImportError: diffusers is not installed.
+        ImportError: diffusers, or a package that the pipeline needs, is not installed.
+        ValueError: a folder whose files are no pipeline.
     """
     place = find_model(model)
+    if isinstance(place, Path) and "_class_name" not in (index := _read_object(place / "model_index.json")):
+        raise ValueError(
+            f"load_pipeline: {place / 'model_index.json'} must hold _class_name, got {_shown(index)}: give the folder "
+            "that save_pretrained wrote"
+        )
     try:
         import diffusers
         import transformers
@@ -76,11 +90,19 @@ def load_pipeline(model: str, *, device: torch.device | str = "cpu", dtype: torc
     with _quiet(diffusers.utils.logging), _quiet(transformers.utils.logging):
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(place, dtype=dtype)
-        except OSError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FileNotFoundError(f"load_pipeline: model {model!r} could not be loaded: {reason}") from error
+        except Exception as error:  # broken files show themselves as anything from KeyError to SafetensorError
+            raise _not_loaded(model, error) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _not_loaded(model: str, error: Exception) -> Exception:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    text = f"load_pipeline: model {model!r} could not be loaded: "
+    if isinstance(error, OSError):
+        return FileNotFoundError(text + (reason or type(error).__name__))
+    kind = ImportError if isinstance(error, ImportError) else ValueError
+    return kind(f"{text}{type(error).__name__}: {reason}")
 
 
 @contextlib.contextmanager
@@ -104,7 +126,36 @@ def run_defaults(model: str) -> Mapping[str, Any]:
 
     Returns:
         The content of its `vision_attn.json`; empty for a folder without one and for Hub ids.
+
+    Raises:
+        ValueError: the file is no JSON object, or a value in it is of the wrong type.
     """
     place = find_model(model)
     file = Path(place) / DEFAULTS_FILE
-    return json.loads(file.read_text()) if isinstance(place, Path) and file.is_file() else {}
+    if not isinstance(place, Path) or not file.is_file():
+        return {}
+    defaults = _read_object(file)
+    for name, (kinds, wanted) in _DEFAULTS.items():
+        if name in defaults and not isinstance(defaults[name], kinds):
+            raise ValueError(f"run_defaults: {name} in {file} must be {wanted}, got {_shown(defaults[name])}")
+    return defaults
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A model's JSON file whose content must be an object.
+
+    Raises:
+        ValueError: other content, or no JSON at all.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"find_model: {file} must be a JSON file, got {error}: mend it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"find_model: {file} must hold a JSON object, {{...}}, got {_shown(content)}: mend it")
+    return content
+
+
+def _shown(content: Any) -> str:
+    text = json.dumps(content)
+    return text if len(text) <= 60 else f"{text[:57]}..."

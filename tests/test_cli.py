@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vision_attn as va
 from vision_attn import cli
-from vision_attn.benchmark import attention_bench
+from vision_attn.benchmark import attention_bench, generation, summary
+from vision_attn.operators.registry import unregister_operator
 
 SMALL = ["--size", "36x48", "--steps", "1"]
 
@@ -40,6 +42,12 @@ def test_help_lists_every_command(run):
         assert f" {command} " in out
     for later in ("simulate", "plan", "demo"):
         assert f" {later} " not in out
+
+
+def test_no_arguments_give_the_help_alone(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert " compare " in out
 
 
 def test_the_installed_command_answers_quickly():
@@ -190,6 +198,8 @@ WRONG = [
     (["compare", "--ops", "clear(radius=-1)"], r"Clear: radius must be above 0.*got -1"),
     (["compare", "--ops", "clear(size=8)"], r"parse: clear takes the fields radius, .*'size'"),
     (["compare", "--ops"], r"[Oo]ption '?--ops'? requires an argument"),
+    (["compare", "--ops", "--seed", "3"], r"[Oo]ption '?--ops'? requires an argument"),
+    (["generate", "--layers", "--op", "clear(radius=2)"], r"[Oo]ption '?--layers'? requires an argument"),
     (["compare", "--model", "no-such-model"], r"model must be one of shapes-flux.*got 'no-such-model'"),
     (["compare", "--model", "."], r"holds no model_index\.json"),
     (["compare", "--steps", "0"], r"Invalid value for '--steps'"),
@@ -198,6 +208,25 @@ WRONG = [
     (["comprae"], r"No such command 'comprae'"),
     (["generate", "--op", "clear()"], r"parse: 'clear\(\)' does not make a clear operator: .*radius"),
     (["generate", "--out", "image.txt"], r"out must end in \.png.*got 'image\.txt'"),
+    (["generate", "--out", "image.xbm"], r"out must end in \.png.*got 'image\.xbm'"),
+    (
+        ["generate", "--out", "/proc/image.png"],
+        r"--out must be in a folder that can be written, got '/proc/image\.png'",
+    ),
+    (
+        ["generate", "--out", f"{'n' * 300}.png"],
+        r"--out must be in a folder that can be written, got 'n+\.png'.*too long",
+    ),
+    (
+        ["compare", "--out", f"new/{'n' * 300}"],
+        r"--out must be in a folder that can be written, got 'new/n+'.*too long",
+    ),
+    (
+        ["generate", "--model", "MODEL", "--size", "37x47"],
+        r"multiples of 4 pixels .*got 37x47: the nearest size is 36x48",
+    ),
+    (["compare", "--model", "MODEL", "--size", "36x2"], r"multiples of 4 pixels .*got 36x2: the nearest size is 36x4"),
+    (["generate", "--model", "MODEL", "--size", "1x1"], r"multiples of 4 pixels .*got 1x1: the nearest size is 4x4"),
     (["generate", "--model", "MODEL", "--device", "gpu"], r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
     (
         ["generate", "--model", "MODEL", "--dtype", "int8"],
@@ -207,6 +236,22 @@ WRONG = [
     (["generate", "--model", "MODEL", *SMALL, "--layers", "nothing.*", "--op", "dense"], r"patch: .*nothing\.\*"),
     (["bench", "--ops", "dense"], r"bench: ops must be clear\(radius=\.\.\.\)"),
     (["bench", "--ops", "clear(radius=3)", "--grid", "8by8"], r"--grid must be HEIGHTxWIDTH .* got '8by8'"),
+    (["bench", "--grid", "9x9x9"], r"--grid must be HEIGHTxWIDTH .* got '9x9x9'"),
+    (["bench", "--grid", "16x8"], r"--grid must come with --ops, got '16x8' alone"),
+    (["bench", "--device", "vulkan"], r"--device must be one that this machine has, got 'vulkan': .*use cpu"),
+    (["bench", "--device", "meta"], r"--device must be one that this machine has, got 'meta': .*use cpu"),
+    (
+        ["bench", "--ops", "neighborhood(kernel_size=(3,3,3))", "--grid", "8x8"],
+        r"kernel_size must be one number or two.*got \(3, 3, 3\)",
+    ),
+    (
+        ["operators", "--import", "no_such_module"],
+        r"--import must name a module .*got 'no_such_module': ModuleNotFound",
+    ),
+    (
+        ["operators", "--import", "no_such_file.py"],
+        r"--import must name a module .*got 'no_such_file\.py': FileNotFound",
+    ),
     (
         ["bench", "--ops", "clear(radius=3)", "--grid", "9x8"],
         r"grid must be made of multiples of \(8, 8\), got \(9, 8\)",
@@ -245,6 +290,118 @@ def assert_matches(pattern, text):
     assert re.search(pattern, text), text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["generate", "--out", "image.png"], "image.png"),
+        (["compare", "--out", "."], "compare.json"),
+        (["compare", "--out", "."], "compare.png"),
+    ],
+)
+def test_a_folder_where_a_file_must_go_is_found_before_the_work(run, tmp_path, monkeypatch, arguments, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    monkeypatch.setattr(generation, "generate", pytest.fail)
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert_matches(f"^vision-attn: --out must leave {folder} free for a file, got '.*': a folder has that name\n$", err)
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+
+
+def test_an_empty_prompt_is_drawn_as_such(run, tiny_flux_folder, tmp_path):
+    prompts = {"own": [], "empty": ["--prompt", ""], "other": ["--prompt", "a red square"]}
+    pictures = {}
+    for name, prompt in prompts.items():
+        path = tmp_path / f"{name}.png"
+        assert run("generate", "--model", tiny_flux_folder, *SMALL, *prompt, "--out", path)[0] == 0
+        pictures[name] = np.asarray(Image.open(path))
+    assert np.array_equal(pictures["own"], pictures["other"])
+    assert not np.array_equal(pictures["own"], pictures["empty"])
+
+
+def test_more_than_the_memory_holds_is_one_line(run, tiny_flux_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "generate", lambda pipe, request: torch.zeros(2**50))
+    code, _, err = run("generate", "--model", tiny_flux_folder, "--out", tmp_path / "image.png")
+    assert code == 2
+    assert_matches(r"^vision-attn: out of memory: .*ask for a smaller size\n$", err)
+
+
+def test_a_model_that_the_memory_cannot_hold_is_not_called_broken(run, tiny_flux_folder, monkeypatch):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *args, **kwargs: torch.zeros(2**50))
+    code, _, err = run("verify", "--model", tiny_flux_folder)
+    assert (code, err.startswith("vision-attn: out of memory: ")) == (2, True)
+
+
+OPERATOR = """
+from dataclasses import dataclass
+
+import vision_attn as va
+from neighbour import WEIGHT
+
+
+@va.register_operator("averaging")
+@dataclass(frozen=True)
+class Averaging:
+    \"\"\"Averages all values.\"\"\"
+
+    weight: float = WEIGHT
+
+    def __call__(self, query, key, value, layout, scale=None):
+        return self.weight * value.mean(1, keepdim=True).expand_as(value)
+"""
+
+
+@pytest.fixture
+def own_operator(tmp_path, monkeypatch):
+    """A folder with a module that registers `averaging`; what it imports lies beside it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "averaging_operator.py").write_text(OPERATOR)
+    (tmp_path / "neighbour.py").write_text("WEIGHT = 0.25\n")
+    yield tmp_path
+    unregister_operator("averaging")
+    for name in ("averaging_operator", "neighbour"):
+        sys.modules.pop(name, None)
+
+
+def test_operators_of_a_module_in_the_current_folder(run, own_operator, monkeypatch):
+    monkeypatch.chdir(own_operator)
+    code, out, _ = run("operators", "--import", "averaging_operator")
+    assert code == 0
+    assert_matches(r"averaging\(weight=0\.25\) +Averages all values\.", out)
+
+
+def test_operators_of_a_file_elsewhere_are_drawn_with(run, own_operator, tiny_flux_folder, tmp_path):
+    file = own_operator / "averaging_operator.py"
+    arguments = ["--import", file, "--import", file, "--model", tiny_flux_folder, *SMALL]
+    picture = tmp_path / "image.png"
+    assert run("generate", *arguments, "--op", "averaging(weight=0.5)", "--out", picture)[0] == 0
+    assert picture.is_file()
+    code, out, _ = run(
+        "compare", *arguments, "--ops", "averaging", "--repeats", 1, "--warmup", 0, "--json", "--out", tmp_path
+    )
+    assert code == 0
+    assert [row["operator"] for row in json.loads(out)["rows"]] == ["dense", "averaging()"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("fails.py", "1 / 0", "ZeroDivisionError: division by zero"),
+        ("stops.py", "import sys; sys.exit(3)", "SystemExit: 3"),
+        ("half.py", "def", "SyntaxError: .*half.py, line 1"),
+        ("json.py", "", "ImportError: the name json is taken"),
+    ],
+)
+def test_a_module_that_fails_is_one_line(run, tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / name).write_text(content)
+    before = sys.modules.get(name.removesuffix(".py"))
+    code, out, err = run("operators", "--import", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert_matches(f"^vision-attn: --import must name a module .*got '{tmp_path / name}': {message}.*\n$", err)
+    assert sys.modules.get(name.removesuffix(".py")) is before
+
+
 def test_a_device_that_is_not_there(run, tiny_flux_folder, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, _, err = run("generate", "--model", tiny_flux_folder, "--device", "cuda")
@@ -274,6 +431,20 @@ def test_the_traceback_of_a_mistake_can_be_had(monkeypatch):
     monkeypatch.setenv("VISION_ATTN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="--size must be"):
         cli.main(["compare", "--size", "wide"])
+
+
+def test_an_interruption_after_the_work_does_not_deny_it(run, tiny_flux_folder, tmp_path, monkeypatch):
+    def interrupt(comparison):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary, "comparison_table", interrupt)
+    arguments = ["--model", tiny_flux_folder, *SMALL, "--repeats", 1, "--warmup", 0, "--ops", "dense"]
+    code, _, err = run("compare", *arguments, "--out", tmp_path)
+    picture, numbers = tmp_path / "compare.png", tmp_path / "compare.json"
+    assert code == 130
+    expected = f"vision-attn: interrupted, each of {picture}, {numbers} is whole or as it was before"
+    assert err.splitlines()[-1].endswith(expected)
+    assert sorted(tmp_path.iterdir()) == [numbers, picture]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")

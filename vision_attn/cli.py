@@ -7,10 +7,13 @@ so that `vision-attn --help` is quick.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +32,10 @@ _INTERRUPTED = 130  # the shell's code for Ctrl-C; some versions of typer return
 _LONGEST_SIDE = 16384  # four times the largest picture that a model here was made for
 _DTYPES = ("float32", "float16", "bfloat16")
 _DEFAULT_OPERATORS = ["dense", "clear(radius=8)", "neighborhood(kernel_size=13)"]
+_DEFAULT_GRID = "64x64"
+
+# Files of this run that are complete and have begun to appear: what an interruption must not deny.
+_appearing: list[Path] = []
 
 app = typer.Typer(
     name="vision-attn",
@@ -40,7 +47,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="shapes-flux (comes with the package), a pipeline's folder, or a Hub id.")]
-Prompt = Annotated[str, typer.Option(help="What to draw. Default: the model's own example.")]
+Prompt = Annotated[str | None, typer.Option(help="What to draw. Default: the model's own example.")]
 Seed = Annotated[int, typer.Option(help="Seed of the starting latents.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")]
 Size = Annotated[
@@ -51,13 +58,22 @@ Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance s
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames, for a video pipeline. Default: the pipeline's.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}. Default: float32 on the CPU, bfloat16 on a GPU.")]
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="A module or .py file that registers operators of your own; may be given again.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def compare(
     model: Model = "shapes-flux",
-    prompt: Prompt = "",
+    prompt: Prompt = None,
     ops: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,20 +95,23 @@ def compare(
     device: Device = "",
     dtype: Dtype = "",
     out: Annotated[Path, typer.Option(help="Folder for compare.png and compare.json.")] = Path("out"),
+    imports: Import = None,
     as_json: Json = False,
 ) -> None:
     """Draw one prompt with several attentions: a picture sheet, and time, memory and fidelity of each."""
+    _import_modules(imports)
     import vision_attn as va
     from vision_attn.benchmark.compare import compare as run
     from vision_attn.benchmark.compare import runs_of
-    from vision_attn.benchmark.output import to_json, write_json, write_whole
+    from vision_attn.benchmark.output import Write, to_json, write_all
     from vision_attn.benchmark.scoring import judge_of
     from vision_attn.benchmark.sheet import draw_sheet
     from vision_attn.benchmark.summary import comparison_table
 
     operators = [va.parse(text) for text in ops or _DEFAULT_OPERATORS]
     request = _request(prompt, seed, size, steps, guidance, frames)
-    _require_writable(out)
+    picture, numbers = out / "compare.png", out / "compare.json"
+    _require_writable(out, picture, numbers)
     pipe, request = _loaded(model, request, device, dtype)
     with _progress(runs_of(operators, repeats=repeats, warmup=warmup, device=pipe.device), "image") as on_run:
         comparison = run(
@@ -102,19 +121,23 @@ def compare(
             model=model,
             repeats=repeats,
             warmup=warmup,
-            judge=judge_of(request.prompt),
+            judge=judge_of(request.prompt or ""),
             on_run=on_run,
         )
-    picture = write_whole(out / "compare.png", lambda file: draw_sheet(comparison).save(file, format="PNG"))
-    write_json(out / "compare.json", comparison.to_dict())
-    typer.echo(to_json(comparison.to_dict()) if as_json else comparison_table(comparison), nl=not as_json)
+    content = to_json(comparison.to_dict())
+    writes: dict[Path, Write] = {
+        picture: lambda file: draw_sheet(comparison).save(file, format="PNG"),
+        numbers: lambda file: file.write(content.encode()),
+    }
+    write_all(writes, on_ready=_appearing.extend)
+    typer.echo(content if as_json else comparison_table(comparison), nl=not as_json)
     typer.echo(f"\nThe picture: {picture}", err=as_json)
 
 
 @app.command()
 def generate(
     model: Model = "shapes-flux",
-    prompt: Prompt = "",
+    prompt: Prompt = None,
     op: Annotated[str, typer.Option(help="The attention operator; `vision-attn operators` lists them.")] = "dense",
     layers: Annotated[
         list[str] | None,
@@ -130,21 +153,25 @@ def generate(
     out: Annotated[Path, typer.Option(help="The picture; of a video an animated .gif or .webp.")] = Path(
         "out/image.png"
     ),
+    imports: Import = None,
 ) -> None:
     """Draw one image with one attention operator."""
+    _import_modules(imports)
     import vision_attn as va
+    from vision_attn.benchmark.generation import draws_video
     from vision_attn.benchmark.generation import generate as run
     from vision_attn.benchmark.output import picture_format, write_picture
 
     operator = va.parse(op)
     picture_format(out)
-    _require_writable(out.parent)
+    _require_writable(out, out)
     request = _request(prompt, seed, size, steps, guidance, frames)
     pipe, request = _loaded(model, request, device, dtype)
+    picture_format(out, video=draws_video(pipe))
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     with va.patch(pipe, operator, layers=layers):
         image = run(pipe, request)
-    typer.echo(f"The picture: {write_picture(out, image)}")
+    typer.echo(f"The picture: {write_picture(out, image, on_ready=_appearing.extend)}")
 
 
 @app.command()
@@ -180,7 +207,14 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    grid: Annotated[str, typer.Option(metavar="YxX", help="Token grid for --ops, rows x columns.")] = "64x64",
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="YxX",
+            help=f"Token grid for --ops, rows x columns. [default: {_DEFAULT_GRID}]",
+            show_default=False,
+        ),
+    ] = None,
     heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Channels per head.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 7,
@@ -202,8 +236,11 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    size = parse_size(_DEFAULT_GRID if grid is None else grid, "--grid")
+    if grid is not None and not ops:
+        raise ValueError(f"--grid must come with --ops, got {grid!r} alone: the standard cases have grids of their own")
+    own = [Case(va.parse(text), size, heads, head_dim) for text in ops or ()]
     place = _device(device)
-    own = [Case(va.parse(text), parse_size(grid, "--grid"), heads, head_dim) for text in ops or ()]
     cases = own or [replace(case, heads=heads, head_dim=head_dim) for case in STANDARD_CASES]
     with _progress(None, "run") as on_run:
         report = bench_report(
@@ -220,8 +257,9 @@ def bench(
 
 
 @app.command()
-def operators(as_json: Json = False) -> None:
+def operators(imports: Import = None, as_json: Json = False) -> None:
     """List the attention operators and how to write them."""
+    _import_modules(imports)
     from vision_attn.benchmark.listing import operator_rows
     from vision_attn.benchmark.output import table, to_json
 
@@ -253,20 +291,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows the program's name; None takes them from the process.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    _appearing.clear()
     if arguments is None and typed[:1] in (["bench"], ["compare"]):
         _restart_with_passive_threads()
     try:
-        code = app(_spread(typed), prog_name="vision-attn", standalone_mode=False) or 0
+        code = app(_spread(typed or ["--help"]), prog_name="vision-attn", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
-        if os.environ.get("VISION_ATTN_TRACEBACK") or not _is_users_mistake(error):
+        message = _mistake(error)
+        if os.environ.get("VISION_ATTN_TRACEBACK") or message is None:
             raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
         typer.echo(f"vision-attn: {' '.join(message.split())}", err=True)
         code = 2
     if code == _INTERRUPTED:
-        typer.echo("vision-attn: interrupted, nothing was written", err=True)
+        files = ", ".join(map(str, _appearing))
+        done = f"each of {files} is whole or as it was before" if files else "nothing was written"
+        typer.echo(f"vision-attn: interrupted, {done}", err=True)
     sys.exit(code)
 
 
@@ -281,15 +322,70 @@ def _restart_with_passive_threads() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "vision_attn.cli", *sys.argv[1:]])
 
 
-def _is_users_mistake(error: Exception) -> bool:
-    """Whether it is one of the kinds that this package raises for what it was given (a bug may raise them as well).
+def _mistake(error: Exception) -> str | None:
+    """What to tell the user; None for a bug, whose traceback is worth more.
 
-    VISION_ATTN_TRACEBACK=1 in the environment shows where it came from.
+    A mistake is one of the kinds that this package raises for what it was given (a bug may raise them as well), or more
+    than the memory holds. VISION_ATTN_TRACEBACK=1 in the environment shows where it came from.
     """
     import vision_attn as va
 
+    if _is_out_of_memory(error):
+        return "out of memory: what was asked for needs more memory than there is: ask for a smaller size"
     kinds = (_UsageError, va.PatchError, ValueError, TypeError, ImportError, OSError, NotImplementedError)
-    return isinstance(error, kinds)
+    if not isinstance(error, kinds):
+        return None
+    return error.format_message() if hasattr(error, "format_message") else str(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch has a class of its own for GPUs; on the CPU the text must tell. An error made of such a one counts too."""
+    import torch
+
+    here = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    return here or (error.__cause__ is not None and _is_out_of_memory(error.__cause__))
+
+
+def _import_modules(modules: Sequence[str] | None) -> None:
+    """Import what registers a user's operators: dotted names, also of the current folder, or .py files.
+
+    Raises:
+        ValueError: a module that is not there or fails.
+    """
+    for name in modules or ():
+        try:
+            _import_module(name)
+        except (Exception, SystemExit) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"--import must name a module or .py file that can be imported, got {name!r}: {problem}"
+            ) from error
+
+
+def _import_module(name: str) -> None:
+    if not name.endswith(".py"):
+        _make_importable(Path.cwd())
+        importlib.import_module(name)
+        return
+    path = Path(name).expanduser().resolve(strict=True)
+    _make_importable(path.parent)  # as `python path` does, for the file's own imports
+    if path.stem in sys.modules:
+        if getattr(sys.modules[path.stem], "__file__", None) != str(path):
+            raise ImportError(f"the name {path.stem} is taken by a module that is imported already, rename the file")
+        return
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # the ending tells it
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+
+
+def _make_importable(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 @contextlib.contextmanager
@@ -310,17 +406,20 @@ def _progress(total: int | None, unit: str) -> Iterator[Callable[[str], None]]:
 def _spread(arguments: list[str]) -> list[str]:
     """`--ops a b` as `--ops a --ops b`: the parser knows options with one value only."""
     spread: list[str] = []
-    option = None
+    option, waiting = "", False
     for argument in arguments:
-        if argument in ("--ops", "--layers", "--cases"):
-            option = argument
-        elif argument.startswith("-") or option is None:
-            option = None
-            spread.append(argument)
+        if argument.startswith("-"):
+            if waiting:
+                break
+            waiting = argument in ("--ops", "--layers")
+            option = argument if waiting else ""
+            spread += [] if waiting else [argument]
         else:
-            spread += [option, argument]
-    # An option that nothing followed is left for the parser to complain about.
-    return [*spread, option] if arguments and arguments[-1] == option else spread
+            spread += [option, argument] if option else [argument]
+            waiting = False
+    # An option that no value followed ends the line here, for the parser to complain about: it would take the next
+    # option for the value.
+    return [*spread, option] if waiting else spread
 
 
 def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
@@ -342,15 +441,38 @@ def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     return rows, columns
 
 
-def _require_writable(folder: Path) -> None:
-    """A folder that cannot be written is found before the work, not after it; nothing is made yet."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"--out must be in a folder that can be written, got {str(folder)!r}: {nearest} cannot be")
+def _require_writable(out: Path, *files: Path) -> None:
+    """What cannot be written is found before the work, not after it; nothing is made yet.
+
+    Args:
+        out: As typed.
+        files: What will be written, `out` itself or in it.
+    """
+    for path in files:
+        try:
+            taken = path.is_dir()
+            _require_room(path.absolute())
+        except OSError as error:
+            raise ValueError(
+                f"--out must be in a folder that can be written, got {str(out)!r}: no file can be made there "
+                f"({error.strerror})"
+            ) from error
+        if taken:
+            raise ValueError(f"--out must leave {path} free for a file, got {str(out)!r}: a folder has that name")
+
+
+def _require_room(path: Path) -> None:
+    """Raise OSError where no file `path` can be made; permissions alone do not tell (root, /proc, long names)."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    for name in path.relative_to(folder).parts:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).lstat()
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _request(
-    prompt: str, seed: int, size: str | None, steps: int | None, guidance: float | None, frames: int | None
+    prompt: str | None, seed: int, size: str | None, steps: int | None, guidance: float | None, frames: int | None
 ) -> Request:
     from vision_attn.benchmark.generation import Request
 
@@ -364,13 +486,16 @@ def _request(
 
 def _loaded(model: str, request: Request, device: str, dtype: str) -> tuple[Any, Request]:
     """The pipeline, and the request with the model's own defaults in it."""
+    from vision_attn.benchmark.generation import check_size
     from vision_attn.pipelines.loading import load_pipeline, run_defaults
 
     request = request.filled_from(run_defaults(model))
-    if not request.prompt:
+    if request.prompt is None:
         raise ValueError(f"--prompt must be given, since {model!r} brings no example of its own")
     place = _device(device)
-    return load_pipeline(model, device=place, dtype=_dtype(dtype, place)), request
+    pipe = load_pipeline(model, device=place, dtype=_dtype(dtype, place))
+    check_size(pipe, request)
+    return pipe, request
 
 
 def _device(name: str) -> torch.device:
@@ -382,9 +507,20 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be one that this machine has, got {name!r}: torch sees no GPU, use cpu")
+    without_gpu = device.type == "cuda" and not torch.cuda.is_available()
+    if without_gpu or not _can_compute(device):
+        reason = "torch sees no GPU" if without_gpu else "torch cannot compute on it"
+        raise ValueError(f"--device must be one that this machine has, got {name!r}: {reason}, use cpu")
     return device
+
+
+def _can_compute(device: torch.device) -> bool:
+    import torch
+
+    try:
+        return bool(torch.zeros(1, device=device).cpu().eq(0).all())
+    except (RuntimeError, AssertionError, ImportError):  # torch has no common error for a missing device
+        return False
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

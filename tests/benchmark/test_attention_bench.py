@@ -43,6 +43,18 @@ def test_operators_without_a_stock_rival(operator):
         window_of(operator, (16, 16))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kernel_size": (3, 5, 7)}, r"kernel_size must be one number or two.*got \(3, 5, 7\)"),
+        ({"kernel_size": 3, "dilation": (1, 1, 1)}, r"dilation must be one number or two.*got \(1, 1, 1\)"),
+    ],
+)
+def test_a_window_for_another_number_of_axes(fields, message):
+    with pytest.raises(ValueError, match=f"bench: {message}"):
+        window_of(va.Neighborhood(**fields), (16, 8))
+
+
 def test_tile_permutation_is_undone_and_makes_tiles_contiguous():
     window = window_of(va.Clear(radius=2), (16, 24))
     tiles = FlexTiles(window, (16, 24), CPU)

@@ -101,6 +101,30 @@ def test_an_operator_that_does_not_know_its_cost(query):
     assert (clock.calls, clock.flops) == (1, None)
 
 
+def test_an_operator_without_cost_and_with_names_of_its_own(query):
+    class Plain:
+        def __call__(self, q, k, v, where, scale=None):
+            return v
+
+    operator = Plain()
+    model = Attending(lambda x: operator(x, x, x, LAYOUT, scale=None))
+    clock = AttentionClock(model)
+    with clock.watch(operator):
+        model(query)
+    assert (clock.calls, clock.flops) == (1, None)
+
+
+def test_several_models_are_watched_together(query):
+    models = [Attending(dense), Attending(lambda x: dense(x) + dense(x))]
+    outsider = Attending(dense)
+    clock = AttentionClock(models)
+    with clock.watch():
+        for model in (*models, outsider):
+            model(query)
+    assert clock.calls == 3
+    assert not any(model._forward_hooks or model._forward_pre_hooks for model in models)
+
+
 def test_everything_is_back_afterwards_even_after_an_exception(query):
     class Inherits(va.Dense):
         pass

@@ -1,8 +1,12 @@
+import dataclasses
 import importlib.metadata
 import math
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import vision_attn as va
 from vision_attn.benchmark.compare import compare, runs_of
@@ -128,3 +132,55 @@ def test_an_operator_that_serves_nothing_is_an_error(pipe):
 
     with pytest.raises(va.PatchError, match="took no attention call of FluxPipeline: not today"):
         compare(pipe, [Refusing()], REQUEST, repeats=1, warmup=0)
+
+
+def test_an_operator_that_is_not_registered_needs_neither_cost_nor_mask(pipe):
+    @dataclasses.dataclass  # not hashable either
+    class Mean:
+        weight: float = 0.5
+
+        def __call__(self, query, key, value, layout, scale=None):
+            return self.weight * value.mean(1, keepdim=True).expand_as(value)
+
+    found = compare(pipe, [Mean(), Mean()], REQUEST, repeats=1, warmup=0)
+    assert len(found.rows) == runs_of([Mean(), Mean()], repeats=1, warmup=0) == 2
+    row = found.rows[1]
+    assert (row.operator, row.attention_flops, row.attention_calls) == (str(Mean()), None, 24)
+    assert found.windows == (None, None)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x * self.weight, x, x)
+
+
+class HandsOver:
+    """Draws with one model first and with another one after it."""
+
+    def __init__(self):
+        self.transformer, self.transformer_2, self.text_encoder = Attending(), Attending(), Attending()
+        self.components = dict(vars(self))
+
+    def __call__(self, prompt=None, num_inference_steps=3, generator=None, output_type="pil"):
+        x = torch.rand(1, 2, 12, 16, generator=generator)
+        self.text_encoder(x)
+        for step in range(num_inference_steps):
+            (self.transformer if step == 0 else self.transformer_2)(x)
+        return type("Result", (), {"images": torch.rand(1, 16, 12, 3, generator=generator).numpy()})
+
+
+def test_attention_of_a_second_denoiser_counts():
+    row = compare(HandsOver(), [], Request("a cat", steps=3), repeats=1, warmup=0).rows[0]
+    assert row.attention_calls == 3
+    assert row.attention_flops == 3 * 2 * (4 * 12 * 12 * 16)
+
+
+def test_a_picture_too_small_to_compare_is_refused_before_it_is_drawn(pipe):
+    told = []
+    with pytest.raises(ValueError, match="compare: height and width must be at least 11 pixels, got 8x48"):
+        compare(pipe, [], dataclasses.replace(REQUEST, height_px=8), on_run=told.append)
+    assert told == []

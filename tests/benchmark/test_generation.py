@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from vision_attn.benchmark.generation import Request, denoiser, generate
+from vision_attn.benchmark.generation import Request, draws_video, generate, size_multiple
 
 
 class Result:
@@ -90,15 +89,66 @@ def test_a_models_defaults_fill_what_is_left_open():
         "true_cfg_scale": 3.0,
         "other": 1,
     }
-    filled = Request("", seed=4, width_px=32, guidance=0.0).filled_from(defaults)
+    filled = Request(seed=4, width_px=32, guidance=0.0).filled_from(defaults)
     assert filled == Request("theirs", 4, 64, 32, 20, 0.0)
     assert Request("mine").filled_from(defaults).prompt == "mine"
     assert Request("mine").filled_from({}) == Request("mine")
 
 
-def test_denoiser_is_the_transformer_or_the_unet():
-    model = nn.Linear(1, 1)
-    assert denoiser(Result(unet=model, text_encoder=nn.Linear(2, 2))) is model
-    assert denoiser(Result(transformer=model, unet=None)) is model
-    with pytest.raises(ValueError, match="denoiser: pipe must have a transformer or a UNet, got Result"):
-        denoiser(Result(vae=model))
+def test_an_empty_prompt_is_a_prompt():
+    assert Request("").filled_from({"prompt": "theirs"}).prompt == ""
+    assert Request("").arguments(Plain()) == {"prompt": ""}
+
+
+class Halving(Plain):
+    """Tells the scale of its VAE."""
+
+    vae_scale_factor = 2
+
+
+class Packing(Halving):
+    """Packs 2x2 latents into a token, as FLUX does; its transformer tells so, too."""
+
+    transformer = Result(config=Result(in_channels=12))
+    vae = Result(config=Result(latent_channels=3))
+
+    def _pack_latents(self):
+        pass
+
+
+class PackingElsewhere(Packing):
+    """Has the method, but its transformer takes the latents as they are."""
+
+    transformer = Result(config=Result(in_channels=3))
+
+
+class Rounding(Plain):
+    """Does not tell its multiple and rounds down to 8."""
+
+    def __call__(self, prompt=None, height=None, width=None, generator=None, output_type="pil"):
+        return super().__call__(prompt, height // 8 * 8, width // 8 * 8, generator=generator, output_type=output_type)
+
+
+@pytest.mark.parametrize(("pipe", "multiple"), [(Plain(), 1), (Halving(), 2), (Packing(), 4), (PackingElsewhere(), 2)])
+def test_sizes_are_multiples_of_what_one_token_covers(pipe, multiple):
+    assert size_multiple(pipe) == multiple
+
+
+@pytest.mark.parametrize(
+    ("pipe", "sides", "message"),
+    [
+        (Packing(), (49, 55), "multiples of 4 pixels for Packing, got 49x55: the nearest size is 48x56$"),
+        (Packing(), (48, 55), "multiples of 4 pixels for Packing, got 48x55: the nearest size is 48x56$"),
+        (Packing(), (1, 2), "multiples of 4 pixels for Packing, got 1x2: the nearest size is 4x4$"),
+        (Halving(), (None, 5), "multiples of 2 pixels for Halving, got defaultx5: the nearest size is defaultx4$"),
+        (Rounding(), (49, 64), "a size that Rounding can draw, got 49x64: it drew 48x64, ask for that$"),
+    ],
+)
+def test_another_size_than_asked_is_never_drawn_in_silence(pipe, sides, message):
+    with pytest.raises(ValueError, match=f"generate: height and width must be {message}"):
+        generate(pipe, Request("a cat", height_px=sides[0], width_px=sides[1]))
+
+
+def test_videos_are_known_beforehand():
+    assert draws_video(Video())
+    assert not draws_video(Plain())

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import sys
 
 import diffusers
@@ -56,6 +57,61 @@ def test_neither_folder_nor_hub_id(model):
 def test_a_folder_without_a_pipeline(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be a pipeline's folder, got .*holds no model_index\.json"):
         load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"text"', "{", "{'a': 1}"])
+def test_a_model_index_that_is_none(tmp_path, content):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"(find_model|load_pipeline): .*model_index\.json must (be|hold) .*, got .+: "
+    ):
+        load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("model_index.json", '{"_class_name": "NoSuchPipeline"}', "AttributeError: .*NoSuchPipeline"),
+        ("tokenizer_2/tokenizer.json", "{}", "KeyError: "),
+        ("vae/config.json", "[]", "[A-Z].*config"),
+        ("transformer/diffusion_pytorch_model.safetensors", "no weights", "Unable to load weights"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_the_folder(tiny_flux_folder, tmp_path, file, content, reason):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_flux_folder, folder)
+    assert (folder / file).is_file()
+    (folder / file).write_text(content)
+    message = f"load_pipeline: model '{folder}' could not be loaded: {reason}"
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_pipeline(str(folder))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_package_that_the_pipeline_needs_is_named(tiny_flux_folder, monkeypatch):
+    def need(*args, **kwargs):
+        raise ImportError("T5Tokenizer requires the sentencepiece library")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", need)
+    with pytest.raises(ImportError, match=f"model '{tiny_flux_folder}' could not be loaded: .*sentencepiece library"):
+        load_pipeline(str(tiny_flux_folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"find_model: .*vision_attn\.json must be a JSON file, got .*line 1"),
+        ("[1]", r"find_model: .*vision_attn\.json must hold a JSON object, .*got \[1\]"),
+        ('{"height": "64"}', r'run_defaults: height in .*vision_attn\.json must be a whole number, got "64"'),
+        ('{"true_cfg_scale": []}', r"run_defaults: true_cfg_scale in .*vision_attn\.json must be a number, got \[\]"),
+        ('{"prompt": 3}', r"run_defaults: prompt in .*vision_attn\.json must be text, got 3"),
+    ],
+)
+def test_broken_run_defaults_name_their_file(tmp_path, content, message):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "vision_attn.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run_defaults(str(tmp_path))
 
 
 def test_a_hub_id_that_cannot_be_had():

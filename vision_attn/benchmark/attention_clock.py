@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +16,15 @@ from vision_attn.benchmark.timing import synchronize
 
 
 class AttentionClock:
-    """Counts and times attention calls of a model while `watch` is open.
+    """Counts and times attention calls of one or more models while `watch` is open.
 
     Two kinds of calls are counted: `torch.nn.functional.scaled_dot_product_attention`, which stock processors end in,
     and the operator that a patch has put in its place. An operator that calls the former is counted once. Projections,
     normalisation and rotary embedding are not attention here.
 
     Args:
-        model: Only calls made during its `forward` count, so text encoders and decoders do not.
+        model: Only calls made during its `forward` count, so text encoders and decoders do not; a sequence of models
+            for a pipeline that denoises with more than one.
         device: Waited for before and after each call: the clock slows a GPU down, hence not for latency.
 
     Attributes:
@@ -34,8 +34,8 @@ class AttentionClock:
             for dense calls; None as soon as an operator does not know its cost.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
-        self.model = model
+    def __init__(self, model: nn.Module | Sequence[nn.Module], device: torch.device | str = "cpu") -> None:
+        self.models = (model,) if isinstance(model, nn.Module) else tuple(model)
         self.device = device
         self.seconds = 0.0
         self.calls = 0
@@ -51,10 +51,8 @@ class AttentionClock:
             operator: The operator object that attention is patched with, if any. Its class is wrapped for the length
                 of the block, so that the patch sees the very same object as without the clock.
         """
-        handles = [
-            self.model.register_forward_pre_hook(self._enter_model),
-            self.model.register_forward_hook(self._leave_model, always_call=True),
-        ]
+        handles = [model.register_forward_pre_hook(self._enter_model) for model in self.models]
+        handles += [model.register_forward_hook(self._leave_model, always_call=True) for model in self.models]
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(_replaced(F, "scaled_dot_product_attention", self._timed, _dense_flops))
@@ -66,13 +64,10 @@ class AttentionClock:
                 handle.remove()
 
     def _timed(self, attention: Callable[..., Any], flops: Callable[..., int | None]) -> Callable[..., Any]:
-        signature = inspect.signature(attention) if flops is _operator_flops else None
-
         @functools.wraps(attention)
         def timed_attention(*args: Any, **kwargs: Any) -> Any:
             if self._forward_depth == 0 or self._call_depth > 0:
                 return attention(*args, **kwargs)
-            arguments = signature.bind(*args, **kwargs).arguments if signature else {}
             self._call_depth += 1
             synchronize(self.device)
             start = time.perf_counter()
@@ -83,7 +78,7 @@ class AttentionClock:
                 self._call_depth -= 1
             self.seconds += time.perf_counter() - start
             self.calls += 1
-            spent = flops(**arguments) if signature else flops(*args, **kwargs)
+            spent = flops(*args, **kwargs)
             self.flops = None if self.flops is None or spent is None else self.flops + spent
             return result
 
@@ -102,10 +97,13 @@ def _dense_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **option
     return 2 * pairs * (query.shape[-1] + value.shape[-1])
 
 
-def _operator_flops(self: Any, query: Tensor, layout: Any, **rest: Any) -> int | None:
-    """`[B, S, H, D]`, as operator objects take it."""
+def _operator_flops(
+    operator: Any, query: Tensor, key: Tensor, value: Tensor, /, layout: Any, **rest: Any
+) -> int | None:
+    """`[B, S, H, D]`, as operator objects take it; their `cost` is optional."""
     batch, _, heads, head_dim = query.shape
-    cost = self.cost(layout, heads, head_dim)
+    cost_of = getattr(operator, "cost", None)
+    cost = None if cost_of is None else cost_of(layout, heads, head_dim)
     return None if cost is None else batch * int(cost.flops)
 
 

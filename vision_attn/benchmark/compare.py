@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import vision_attn as va
 from vision_attn.benchmark.attention_clock import AttentionClock
-from vision_attn.benchmark.generation import Request, denoiser, generate
+from vision_attn.benchmark.generation import Request, generate
 from vision_attn.benchmark.memory import PeakMemory
-from vision_attn.benchmark.metrics import psnr, ssim
+from vision_attn.benchmark.metrics import SSIM_WINDOW, psnr, ssim
 from vision_attn.benchmark.timing import Timing, interleaved
+from vision_attn.patching.diffusers import denoisers
 
 DENSE = "dense"
 
@@ -137,15 +139,17 @@ def compare(
         A Comparison.
 
     Raises:
-        ValueError: the pipeline cannot do what the request asks for.
+        ValueError: the pipeline cannot do what the request asks for, or the picture is too small for SSIM.
         PatchError: the pipeline cannot be patched, or an operator fits none of its layers.
     """
-    windowed: list[Any] = []
-    for operator in operators:
-        if operator != va.Dense() and operator not in windowed:
-            windowed.append(operator)
-    contenders = {DENSE: None, **{str(operator): operator for operator in windowed}}
-    device = _device_of(pipe)
+    if min(request.height_px or SSIM_WINDOW, request.width_px or SSIM_WINDOW) < SSIM_WINDOW:
+        raise ValueError(
+            f"compare: height and width must be at least {SSIM_WINDOW} pixels, got {request.height_px}x"
+            f"{request.width_px}: SSIM needs them"
+        )
+    contenders = {DENSE: None, **{str(operator): operator for operator in _distinct(operators)}}
+    weights = next(_models(pipe)[0].parameters())
+    device = weights.device
     short = replace(request, steps=min(2, request.steps or 2))
     for name, operator in list(contenders.items()) * warmup:
         _drawing(pipe, operator, short)()
@@ -167,7 +171,7 @@ def compare(
         model=model or type(pipe).__name__,
         request=request,
         grid=next((runs[0].layout.grid for runs in measured.values() if runs[0].layout), None),
-        environment=_environment(device, next(denoiser(pipe).parameters()).dtype),
+        environment=_environment(device, weights.dtype),
         rows=rows,
         images=tuple(runs[0].image for runs in measured.values()),
         windows=tuple(_window(contenders[name], runs[0].layout) for name, runs in measured.items()),
@@ -177,7 +181,21 @@ def compare(
 def runs_of(operators: Sequence[Any], *, repeats: int, warmup: int, device: torch.device | str = "cpu") -> int:
     """How many runs `compare` makes: the total of its progress bar."""
     apart = torch.device(device).type != "cpu"
-    return (1 + len(set(operators) - {va.Dense()})) * (warmup + repeats + apart)
+    return (1 + len(_distinct(operators))) * (warmup + repeats + apart)
+
+
+def _distinct(operators: Sequence[Any]) -> list[Any]:
+    """Each operator but dense once; not a set, since an operator need not be hashable."""
+    distinct: list[Any] = []
+    for operator in operators:
+        if operator != va.Dense() and operator not in distinct:
+            distinct.append(operator)
+    return distinct
+
+
+def _models(pipe: Any) -> list[nn.Module]:
+    """All that denoise: some pipelines hand over from one model to another in the middle of a run."""
+    return [model for _, model in denoisers(pipe)]
 
 
 @contextlib.contextmanager
@@ -201,9 +219,9 @@ def _drawing(pipe: Any, operator: Any, request: Request) -> Callable[[], object]
 
 def _measure(pipe: Any, operator: Any, request: Request) -> _Measured:
     """One image with the clock and the memory gauge on."""
-    model = denoiser(pipe)
-    device = _device_of(pipe)
-    clock = AttentionClock(model, device)
+    models = _models(pipe)
+    device = next(models[0].parameters()).device
+    clock = AttentionClock(models, device)
     with _patched(pipe, operator) as patch:
         with clock.watch(operator), PeakMemory(device) as memory:
             start = time.perf_counter()
@@ -258,17 +276,14 @@ def _window(operator: Any, layout: va.TokenLayout | None) -> NDArray[np.bool_] |
     """What the middle token sees; of a video in its own frame."""
     if operator is None or layout is None or layout.tokens > _MASK_TOKENS:
         return None
-    mask = operator.mask(layout)
+    mask_of = getattr(operator, "mask", None)  # optional, as cost is
+    mask = None if mask_of is None else mask_of(layout)
     if mask is None:
         return None
     *frame, rows, columns = (size // 2 for size in layout.grid)
     image = mask[layout.image_slice, layout.image_slice].cpu().numpy().reshape(*layout.grid, *layout.grid)
     query = (*frame, rows, columns)
     return np.asarray(image[query + tuple(frame)], dtype=np.bool_)
-
-
-def _device_of(pipe: Any) -> torch.device:
-    return next(denoiser(pipe).parameters()).device
 
 
 def _environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

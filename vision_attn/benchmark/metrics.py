@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.floating]
 
-_WINDOW = 11  # pixels; with _SIGMA the window of the SSIM paper
+SSIM_WINDOW = 11  # pixels; with _SIGMA the window of the SSIM paper
 _SIGMA = 1.5
 
 
@@ -58,8 +58,8 @@ def ssim(image: Image, reference: Image) -> float:
         raise ValueError(
             f"ssim: image must be [Y, X, C] or [T, Y, X, C], got shape {image.shape}: add the missing axis"
         )
-    if min(image.shape[:2]) < _WINDOW:
-        raise ValueError(f"ssim: image must be at least {_WINDOW} pixels a side, got {image.shape[:2]}: use psnr")
+    if min(image.shape[:2]) < SSIM_WINDOW:
+        raise ValueError(f"ssim: image must be at least {SSIM_WINDOW} pixels a side, got {image.shape[:2]}: use psnr")
     x, y = image.astype(np.float64), reference.astype(np.float64)
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x = _blur(x * x) - mean_x**2
@@ -73,11 +73,11 @@ def ssim(image: Image, reference: Image) -> float:
 
 def _blur(image: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weighted mean over every window that lies inside the image; rows, then columns."""
-    offsets = np.arange(_WINDOW) - _WINDOW // 2
+    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     weights = np.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights /= weights.sum()
     for axis in (0, 1):
-        image = np.lib.stride_tricks.sliding_window_view(image, _WINDOW, axis=axis) @ weights
+        image = np.lib.stride_tricks.sliding_window_view(image, SSIM_WINDOW, axis=axis) @ weights
     return image
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,32 +15,43 @@ from PIL import Image
 
 _FRAMES_PER_SECOND = 8
 
+# Formats that hold any picture drawn here, by ending. PIL writes more, some of which take only black and white or need
+# a plug-in, which shows when the picture is saved.
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Let `write` fill a file that appears at `path` only when it is complete.
+Write = Callable[[IO[bytes]], object]
+OnReady = Callable[[Sequence[Path]], object]
+
+
+def write_all(writes: Mapping[Path, Write], *, on_ready: OnReady = lambda paths: None) -> None:
+    """Fill several files that appear only when all of them are complete.
 
     Args:
-        path: Where the file goes; its folder is made.
-        write: Called with an open binary file.
+        writes: Where a file goes (its folder is made), and a function that fills it, called with an open binary file.
+        on_ready: Told the paths just before the first file appears; until then nothing is changed.
 
-    Returns:
-        `path`.
+    Raises:
+        IsADirectoryError: a folder stands where a file should go.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for path in writes:
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"write_all: writes must name files, got {str(path)!r}: a folder of that name exists"
+            )
+    # Short names of their own: the longest file name that a system takes has no room for an addition.
+    parts = {path: path.with_name(f".{os.getpid()}-{number}.part") for number, path in enumerate(writes)}
     try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
+        for path, write in writes.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with parts[path].open("wb") as file:
+                write(file)
+        on_ready(tuple(writes))
+        for path, part in parts.items():
+            part.replace(path)
     except BaseException:  # Ctrl-C included
-        temporary.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
         raise
-    return path
-
-
-def write_json(path: Path, content: Any) -> Path:
-    """Write `content` as indented JSON; see `write_whole`."""
-    return write_whole(path, lambda file: file.write(to_json(content).encode()))
 
 
 def to_json(content: Any) -> str:
@@ -48,38 +59,44 @@ def to_json(content: Any) -> str:
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
-def picture_format(path: Path) -> str:
+def picture_format(path: Path, *, video: bool = False) -> str:
     """PIL's name of the format that the ending of `path` stands for.
 
+    Args:
+        path: Where a picture will be written.
+        video: Whether it has frames, which only some formats hold.
+
     Raises:
-        ValueError: an ending that PIL cannot write.
+        ValueError: another ending, or a format without animation for a video.
     """
     Image.init()
-    name = Image.EXTENSION.get(path.suffix.lower())
-    if name not in Image.SAVE:
+    form = _FORMATS.get(path.suffix.lower(), "")
+    if form not in Image.SAVE:  # some builds of PIL lack WebP
         raise ValueError(f"picture_format: out must end in .png, .jpg, .webp or .gif, got {str(path)!r}")
-    return str(name)
+    if video and form not in Image.SAVE_ALL:
+        raise ValueError(f"picture_format: out must end in .gif, .webp or .png for a video, got {str(path)!r}")
+    return form
 
 
-def write_picture(path: Path, image: NDArray[np.float32]) -> Path:
+def write_picture(path: Path, image: NDArray[np.float32], *, on_ready: OnReady = lambda paths: None) -> Path:
     """Write an image, or the frames of a video as an animation.
 
     Args:
         path: Its ending tells the format.
         image: `[Y, X, C]` or `[T, Y, X, C]` in `[0, 1]`.
+        on_ready: See `write_all`.
 
     Raises:
-        ValueError: an ending that PIL cannot write, or a video for a format without animation.
+        ValueError: an ending that stands for no format, or a video for a format without animation.
     """
-    form = picture_format(path)
+    video = image.ndim == 4
+    form = picture_format(path, video=video)
     pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    if image.ndim == 3:
-        return write_whole(path, lambda file: Image.fromarray(pixels).save(file, format=form))
-    if form not in Image.SAVE_ALL:
-        raise ValueError(f"write_picture: out must end in .gif, .webp or .png for a video, got {str(path)!r}")
-    first, *others = (Image.fromarray(frame) for frame in pixels)
-    options = {"save_all": True, "append_images": others, "duration": 1000 // _FRAMES_PER_SECOND, "loop": 0}
-    return write_whole(path, lambda file: first.save(file, format=form, **options))
+    first, *others = (Image.fromarray(frame) for frame in (pixels if video else pixels[None]))
+    animated = {"save_all": True, "append_images": others, "duration": 1000 // _FRAMES_PER_SECOND, "loop": 0}
+    options: dict[str, Any] = animated if video else {}
+    write_all({path: lambda file: first.save(file, format=form, **options)}, on_ready=on_ready)
+    return path
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

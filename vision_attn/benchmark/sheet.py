@@ -166,7 +166,7 @@ def _draw_header(draw: ImageDraw.ImageDraw, comparison: Comparison, width: int) 
         f"seed {request.seed}",
         f"{comparison.environment['device']}, {comparison.environment['dtype']}",
     ]
-    _text(draw, (_MARGIN, 30), _fitted(request.prompt, 34, room), 34, INK)
+    _text(draw, (_MARGIN, 30), _fitted(request.prompt or "", 34, room), 34, INK)
     _text(draw, (_MARGIN, 84), _fitted("   ·   ".join(fact for fact in facts if fact), 18, room), 18, MUTED)
 
 

@@ -32,12 +32,13 @@ def window_of(operator: Any, grid: tuple[int, int]) -> Window:
         grid: Rows and columns of tokens.
 
     Raises:
-        ValueError: another operator.
+        ValueError: another operator, or one for a grid of another number of axes.
     """
     if isinstance(operator, va.Clear) and operator.down_factor == 1 and not operator.proportional:
         limit = operator.radius**2
         return lambda qy, qx, ky, kx: (qy - ky) ** 2 + (qx - kx) ** 2 < limit
     if isinstance(operator, va.Neighborhood) and _all_ones(operator.stride) and _all_ones(operator.dilation):
+        _require_two_axes(operator)
         size = operator.kernel_size
         per_axis = (size, size) if isinstance(size, int) else tuple(size)
         kernel = [min(k, n) for k, n in zip(per_axis, grid, strict=True)]
@@ -51,6 +52,15 @@ def window_of(operator: Any, grid: tuple[int, int]) -> Window:
         "bench: ops must be clear(radius=...) or neighborhood(kernel_size=...) without further fields, "
         f"got {operator}: only these have a stock rival here"
     )
+
+
+def _require_two_axes(operator: va.Neighborhood) -> None:
+    for name in ("kernel_size", "stride", "dilation"):
+        value = getattr(operator, name)
+        if not isinstance(value, int) and len(value) != 2:
+            raise ValueError(
+                f"bench: {name} must be one number or two, for rows and columns, got {value}: bench has 2-D grids"
+            )
 
 
 def _all_ones(value: int | tuple[int, ...]) -> bool:

@@ -18,7 +18,7 @@ LAYERS = [
     {"patching"},
     {"guidance", "pipelines", "training", "backbones", "shapes", "parallel", "simulator", "planner"},
     {"benchmark"},
-    {"app", "cli"},
+    {"app", "cli", "command_input"},
 ]
 # The root of everything: no layer, imports nothing of the package.
 FOUNDATION = {"layout", "errors"}

@@ -7,30 +7,30 @@ so that `vision-attn --help` is quick.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-import math
 import os
-import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
-
-    from vision_attn.benchmark.generation import Request
+from vision_attn.command_input import (
+    DTYPES,
+    import_modules,
+    load,
+    parse_size,
+    read_device,
+    read_dtype,
+    read_request,
+    require_writable,
+    spread,
+)
 
 # Whatever typer builds on, a wrong option or value is a BadParameter or its base.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _INTERRUPTED = 130  # the shell's code for Ctrl-C; some versions of typer return it, others raise Abort
-_LONGEST_SIDE = 16384  # four times the largest picture that a model here was made for
-_DTYPES = ("float32", "float16", "bfloat16")
 _DEFAULT_OPERATORS = ["dense", "clear(radius=8)", "neighborhood(kernel_size=13)"]
 _DEFAULT_GRID = "64x64"
 
@@ -57,7 +57,7 @@ Size = Annotated[
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames, for a video pipeline. Default: the pipeline's.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}. Default: float32 on the CPU, bfloat16 on a GPU.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}. Default: float32 on the CPU, bfloat16 on a GPU.")]
 Import = Annotated[
     list[str] | None,
     typer.Option(
@@ -99,7 +99,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Draw one prompt with several attentions: a picture sheet, and time, memory and fidelity of each."""
-    _import_modules(imports)
+    import_modules(imports)
     import vision_attn as va
     from vision_attn.benchmark.compare import compare as run
     from vision_attn.benchmark.compare import runs_of
@@ -109,10 +109,10 @@ def compare(
     from vision_attn.benchmark.summary import comparison_table
 
     operators = [va.parse(text) for text in ops or _DEFAULT_OPERATORS]
-    request = _request(prompt, seed, size, steps, guidance, frames)
+    request = read_request(prompt, seed, size, steps, guidance, frames)
     picture, numbers = out / "compare.png", out / "compare.json"
-    _require_writable(out, picture, numbers)
-    pipe, request = _loaded(model, request, device, dtype)
+    require_writable(out, picture, numbers)
+    pipe, request = load(model, request, device, dtype)
     with _progress(runs_of(operators, repeats=repeats, warmup=warmup, device=pipe.device), "image") as on_run:
         comparison = run(
             pipe,
@@ -156,7 +156,7 @@ def generate(
     imports: Import = None,
 ) -> None:
     """Draw one image with one attention operator."""
-    _import_modules(imports)
+    import_modules(imports)
     import vision_attn as va
     from vision_attn.benchmark.generation import draws_video
     from vision_attn.benchmark.generation import generate as run
@@ -164,9 +164,9 @@ def generate(
 
     operator = va.parse(op)
     picture_format(out)
-    _require_writable(out, out)
-    request = _request(prompt, seed, size, steps, guidance, frames)
-    pipe, request = _loaded(model, request, device, dtype)
+    require_writable(out, out)
+    request = read_request(prompt, seed, size, steps, guidance, frames)
+    pipe, request = load(model, request, device, dtype)
     picture_format(out, video=draws_video(pipe))
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     with va.patch(pipe, operator, layers=layers):
@@ -181,8 +181,8 @@ def verify(model: Model = "shapes-flux", device: Device = "", dtype: Dtype = "",
     from vision_attn.benchmark.output import to_json
     from vision_attn.pipelines.loading import load_pipeline
 
-    place = _device(device)
-    pipe = load_pipeline(model, device=place, dtype=_dtype(dtype, place))
+    place = read_device(device)
+    pipe = load_pipeline(model, device=place, dtype=read_dtype(dtype, place))
     try:
         report = va.verify(pipe)
     except va.PatchError as error:
@@ -240,7 +240,7 @@ def bench(
     if grid is not None and not ops:
         raise ValueError(f"--grid must come with --ops, got {grid!r} alone: the standard cases have grids of their own")
     own = [Case(va.parse(text), size, heads, head_dim) for text in ops or ()]
-    place = _device(device)
+    place = read_device(device)
     cases = own or [replace(case, heads=heads, head_dim=head_dim) for case in STANDARD_CASES]
     with _progress(None, "run") as on_run:
         report = bench_report(
@@ -248,7 +248,7 @@ def bench(
             repeats=repeats,
             warmup=warmup,
             device=place,
-            dtype=_dtype(dtype, place),
+            dtype=read_dtype(dtype, place),
             flex=flex,
             scaling=not own,
             on_run=on_run,
@@ -259,7 +259,7 @@ def bench(
 @app.command()
 def operators(imports: Import = None, as_json: Json = False) -> None:
     """List the attention operators and how to write them."""
-    _import_modules(imports)
+    import_modules(imports)
     from vision_attn.benchmark.listing import operator_rows
     from vision_attn.benchmark.output import table, to_json
 
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and typed[:1] in (["bench"], ["compare"]):
         _restart_with_passive_threads()
     try:
-        code = app(_spread(typed or ["--help"]), prog_name="vision-attn", standalone_mode=False) or 0
+        code = app(spread(typed or ["--help"]), prog_name="vision-attn", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
@@ -346,48 +346,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return here or (error.__cause__ is not None and _is_out_of_memory(error.__cause__))
 
 
-def _import_modules(modules: Sequence[str] | None) -> None:
-    """Import what registers a user's operators: dotted names, also of the current folder, or .py files.
-
-    Raises:
-        ValueError: a module that is not there or fails.
-    """
-    for name in modules or ():
-        try:
-            _import_module(name)
-        except (Exception, SystemExit) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"--import must name a module or .py file that can be imported, got {name!r}: {problem}"
-            ) from error
-
-
-def _import_module(name: str) -> None:
-    if not name.endswith(".py"):
-        _make_importable(Path.cwd())
-        importlib.import_module(name)
-        return
-    path = Path(name).expanduser().resolve(strict=True)
-    _make_importable(path.parent)  # as `python path` does, for the file's own imports
-    if path.stem in sys.modules:
-        if getattr(sys.modules[path.stem], "__file__", None) != str(path):
-            raise ImportError(f"the name {path.stem} is taken by a module that is imported already, rename the file")
-        return
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # the ending tells it
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
-
-
-def _make_importable(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
 @contextlib.contextmanager
 def _progress(total: int | None, unit: str) -> Iterator[Callable[[str], None]]:
     """A bar on standard error; gives the function that moves it on and names what was done."""
@@ -401,135 +359,6 @@ def _progress(total: int | None, unit: str) -> Iterator[Callable[[str], None]]:
             bar.update()
 
         yield on_run
-
-
-def _spread(arguments: list[str]) -> list[str]:
-    """`--ops a b` as `--ops a --ops b`: the parser knows options with one value only."""
-    spread: list[str] = []
-    option, waiting = "", False
-    for argument in arguments:
-        if argument.startswith("-"):
-            if waiting:
-                break
-            waiting = argument in ("--ops", "--layers")
-            option = argument if waiting else ""
-            spread += [] if waiting else [argument]
-        else:
-            spread += [option, argument] if option else [argument]
-            waiting = False
-    # An option that no value followed ends the line here, for the parser to complain about: it would take the next
-    # option for the value.
-    return [*spread, option] if waiting else spread
-
-
-def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
-    """`"256x384"` as (rows, columns).
-
-    Args:
-        text: Height x width.
-        option: Named in the error.
-
-    Raises:
-        ValueError: other text, a zero, or a side beyond 16384.
-    """
-    match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", text.strip())
-    if match is None:
-        raise ValueError(f"{option} must be HEIGHTxWIDTH such as 256x384, got {text!r}")
-    rows, columns = int(match[1]), int(match[2])
-    if max(rows, columns) > _LONGEST_SIDE:
-        raise ValueError(f"{option} must be at most {_LONGEST_SIDE} pixels on each side, got {text!r}")
-    return rows, columns
-
-
-def _require_writable(out: Path, *files: Path) -> None:
-    """What cannot be written is found before the work, not after it; nothing is made yet.
-
-    Args:
-        out: As typed.
-        files: What will be written, `out` itself or in it.
-    """
-    for path in files:
-        try:
-            taken = path.is_dir()
-            _require_room(path.absolute())
-        except OSError as error:
-            raise ValueError(
-                f"--out must be in a folder that can be written, got {str(out)!r}: no file can be made there "
-                f"({error.strerror})"
-            ) from error
-        if taken:
-            raise ValueError(f"--out must leave {path} free for a file, got {str(out)!r}: a folder has that name")
-
-
-def _require_room(path: Path) -> None:
-    """Raise OSError where no file `path` can be made; permissions alone do not tell (root, /proc, long names)."""
-    folder = next(parent for parent in path.parents if parent.exists())
-    for name in path.relative_to(folder).parts:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).lstat()
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def _request(
-    prompt: str | None, seed: int, size: str | None, steps: int | None, guidance: float | None, frames: int | None
-) -> Request:
-    from vision_attn.benchmark.generation import Request
-
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed must be 0 to 2**63 - 1, got {seed}")
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"--guidance must be a finite number, got {guidance}")
-    height, width = (None, None) if size is None else parse_size(size)
-    return Request(prompt, seed, height, width, steps, guidance, frames)
-
-
-def _loaded(model: str, request: Request, device: str, dtype: str) -> tuple[Any, Request]:
-    """The pipeline, and the request with the model's own defaults in it."""
-    from vision_attn.benchmark.generation import check_size
-    from vision_attn.pipelines.loading import load_pipeline, run_defaults
-
-    request = request.filled_from(run_defaults(model))
-    if request.prompt is None:
-        raise ValueError(f"--prompt must be given, since {model!r} brings no example of its own")
-    place = _device(device)
-    pipe = load_pipeline(model, device=place, dtype=_dtype(dtype, place))
-    check_size(pipe, request)
-    return pipe, request
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if not name:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    without_gpu = device.type == "cuda" and not torch.cuda.is_available()
-    if without_gpu or not _can_compute(device):
-        reason = "torch sees no GPU" if without_gpu else "torch cannot compute on it"
-        raise ValueError(f"--device must be one that this machine has, got {name!r}: {reason}, use cpu")
-    return device
-
-
-def _can_compute(device: torch.device) -> bool:
-    import torch
-
-    try:
-        return bool(torch.zeros(1, device=device).cpu().eq(0).all())
-    except (RuntimeError, AssertionError, ImportError):  # torch has no common error for a missing device
-        return False
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    import torch
-
-    name = name or ("float32" if device.type == "cpu" else "bfloat16")
-    if name not in _DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
-    return getattr(torch, name)
 
 
 if __name__ == "__main__":

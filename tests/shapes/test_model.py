@@ -110,6 +110,35 @@ def test_every_word_is_one_token() -> None:
     assert t5("").input_ids == [t5.eos_token_id]
 
 
+def encode(pipeline: FluxPipeline, caption: str) -> torch.Tensor:
+    ids = pipeline.tokenizer_2([caption], padding="max_length", return_tensors="pt").input_ids
+    return pipeline.text_encoder_2(ids)[0][0]
+
+
+@pytest.mark.parametrize(
+    "caption, other, word, share",
+    [
+        ("a red circle and a blue square", "a blue circle and a red square", 2, 0.3),  # its color
+        ("a red circle left of a blue square", "a red circle right of a blue square", 2, 0.2),  # its relation
+    ],
+)
+def test_words_know_their_neighbours(caption: str, other: str, word: int, share: float) -> None:
+    pipeline = build_pipeline(0)
+    with torch.no_grad():
+        first, second = encode(pipeline, caption), encode(pipeline, other)
+    assert (first[word] - second[word]).norm() > share * first[word].norm()
+
+
+@pytest.mark.skipif(not (ASSETS / "model_index.json").is_file(), reason="no embedded model in this checkout")
+def test_words_know_their_neighbours_after_training() -> None:
+    pipeline = FluxPipeline.from_pretrained(ASSETS, local_files_only=True)
+    with torch.no_grad():
+        first, second = (
+            encode(pipeline, f"a {a} circle and a {b} square")[2] for a, b in (("red", "blue"), ("blue", "red"))
+        )
+    assert (first - second).norm() > 0.1 * first.norm()
+
+
 def test_the_same_seed_builds_the_same_weights_and_leaves_the_random_state_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -52,7 +52,7 @@ Captions of one to four objects, `a [{sizes}] <color> <shape>`, joined by commas
 - at the end, if wanted: `on a <{backgrounds}> background`
 
 Sizes are for one or two objects. Any other word is unknown to it. One token is 4x4 pixels: 48x48 pixels are 12x12
-tokens, 256x256 pixels are 64x64 tokens. Training used 12x12 to 64x64 tokens, most of them small.
+tokens, 192x192 pixels are 48x48 tokens. Training used 12x12 to 48x48 tokens, most of them small.
 
 ## Scores
 

@@ -193,7 +193,7 @@ def look_at_neighbours(encoder: T5EncoderModel) -> None:
                 block.layer[0].SelfAttention.o.weight.zero_()
 
 
-def trained_parameters(modules: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(modules: nn.Module) -> list[torch.Tensor]:
     """All parameters but the queries of the T5 encoder, which stay zero."""
     return [value for name, value in modules.named_parameters() if not name.endswith("SelfAttention.q.weight")]
 

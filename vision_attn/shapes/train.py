@@ -174,7 +174,7 @@ class Trainer:
     def __init__(self, pipeline: FluxPipeline, config: TrainingConfig, compiled: bool = False) -> None:
         self.pipeline, self.config, self.step = pipeline, config, 0
         self.modules = nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED_MODELS}).train()
-        self.parameters: list[Tensor] = [*trained_parameters(self.modules)]
+        self.parameters: list[Tensor] = trained_parameters(self.modules)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizers = build_optimizers(pipeline.transformer, self.parameters, config.learning_rate)
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16")

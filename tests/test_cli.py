@@ -309,13 +309,14 @@ def test_a_folder_where_a_file_must_go_is_found_before_the_work(run, tmp_path, m
 
 
 def test_an_empty_prompt_is_drawn_as_such(run, tiny_flux_folder, tmp_path):
-    prompts = {"own": [], "empty": ["--prompt", ""], "other": ["--prompt", "a red square"]}
+    example = json.loads((tiny_flux_folder / "vision_attn.json").read_text(encoding="utf-8"))["prompt"]
+    prompts = {"own": [], "empty": ["--prompt", ""], "example": ["--prompt", example]}
     pictures = {}
     for name, prompt in prompts.items():
         path = tmp_path / f"{name}.png"
         assert run("generate", "--model", tiny_flux_folder, *SMALL, *prompt, "--out", path)[0] == 0
         pictures[name] = np.asarray(Image.open(path))
-    assert np.array_equal(pictures["own"], pictures["other"])
+    assert np.array_equal(pictures["own"], pictures["example"])
     assert not np.array_equal(pictures["own"], pictures["empty"])
 
 

@@ -38,9 +38,9 @@ def run(capsys):
 def test_help_lists_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("compare", "generate", "bench", "operators", "backends", "verify"):
+    for command in ("compare", "generate", "bench", "simulate", "operators", "backends", "verify"):
         assert f" {command} " in out
-    for later in ("simulate", "plan", "demo"):
+    for later in ("plan", "demo"):
         assert f" {later} " not in out
 
 
@@ -159,6 +159,25 @@ def test_verify_ends_with_1_when_a_check_fails(run, tiny_flux_folder, monkeypatc
     assert "check  FAILED" in err
 
 
+def test_simulate_prints_the_counts_and_draws_them(run, tmp_path):
+    window = ["simulate", "--grid", "256x256", "--kernel-size", "80", "--stride", "16x1"]
+    tiles = ["--q-tile", "16x16", "--kv-tile", "16x8", "--fraction", "0.518", "--steps", "28", "--dense-steps", "9"]
+    code, out, err = run(*window, *tiles, "--plot", tmp_path / "new" / "plot.png")
+    assert (code, err) == (0, "")
+    assert "60 of 512 at worst" in out
+    assert "1.45x" in out
+    with Image.open(tmp_path / "new" / "plot.png") as picture:
+        assert picture.size == (920, 560)
+    code, out, _ = run(*window, *tiles, "--json")
+    numbers = json.loads(out)
+    assert (numbers["visited_worst"], numbers["total"], numbers["fully_block_sparse"]) == (60, 512, False)
+    assert round(numbers["end_to_end"], 2) == 1.45
+    code, out, _ = run("simulate", "--grid", "8x64x64", "--radius", "2x8x8", "--dynamic-kv", "--json")
+    assert json.loads(out)["q_tile"] == [4, 4, 8]
+    code, out, _ = run("simulate", "--grid", "64", "--kernel-size", "8", "--is-causal")
+    assert code == 0
+
+
 def test_bench_of_own_cases(run):
     arguments = ["bench", "--ops", "clear(radius=3)", "neighborhood(kernel_size=5)", "--grid", "16x8", "--heads", 2]
     arguments += ["--head-dim", 16, "--repeats", 1, "--warmup", 0, "--no-flex", "--threads", 1]
@@ -238,6 +257,19 @@ WRONG = [
     (["bench", "--ops", "clear(radius=3)", "--grid", "8by8"], r"--grid must be HEIGHTxWIDTH .* got '8by8'"),
     (["bench", "--grid", "9x9x9"], r"--grid must be HEIGHTxWIDTH .* got '9x9x9'"),
     (["bench", "--grid", "16x8"], r"--grid must come with --ops, got '16x8' alone"),
+    (["simulate"], r"[Mm]issing option '?--grid"),
+    (["simulate", "--grid", "8by8"], r"--grid must be one to three whole numbers .* got '8by8'"),
+    (["simulate", "--grid", "8x8x8x8", "--radius", "2"], r"--grid must be one to three whole numbers"),
+    (["simulate", "--grid", "8x8", "--kernel-size", "9"], r"kernel_size=\(9, 9\) does not fit the token grid \(8, 8\)"),
+    (["simulate", "--grid", "8x8"], r"kernel_size or radius must be given, got neither"),
+    (
+        ["simulate", "--grid", "8x8", "--radius", "wide"],
+        r"--radius must be numbers such as 8, 7.5 or 2x8x8, got 'wide'",
+    ),
+    (["simulate", "--grid", "8x8", "--radius", "nan"], r"radius must be above 0 and finite, got nan"),
+    (["simulate", "--grid", "8x8", "--radius", "2", "--plot", "a.png"], r"--plot must come with --kernel-size"),
+    (["simulate", "--grid", "8x8", "--kernel-size", "3", "--plot", "a.txt"], r"out must end in \.png"),
+    (["simulate", "--grid", "8x8", "--kernel-size", "3", "--fraction", "2"], r"fraction must be 0 to 1, got 2"),
     (["bench", "--device", "vulkan"], r"--device must be one that this machine has, got 'vulkan': .*use cpu"),
     (["bench", "--device", "meta"], r"--device must be one that this machine has, got 'meta': .*use cpu"),
     (

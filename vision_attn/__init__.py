@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use: they are for models, and not every user of an operator has diffusers installed.
 _LAZY = dict.fromkeys(("Patch", "patch", "unpatch", "verify"), "vision_attn.patching")
+_SUBMODULES = ("simulator",)
 
 __all__ = [
     "Clear",
@@ -49,6 +50,7 @@ __all__ = [
     "patch",
     "proportional_scale",
     "register_operator",
+    "simulator",
     "unpatch",
     "verify",
 ]
@@ -57,8 +59,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_SUBMODULES])

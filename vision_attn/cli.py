@@ -1,4 +1,4 @@
-"""The command `vision-attn`: compare, generate, bench, operators, backends, verify.
+"""The command `vision-attn`: compare, generate, bench, simulate, operators, backends, verify.
 
 Commands are thin: they read what the user typed, call the library and print. Everything heavy is imported inside them,
 so that `vision-attn --help` is quick.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,8 @@ from vision_attn.command_input import (
     DTYPES,
     import_modules,
     load,
+    parse_axes,
+    parse_radius,
     parse_size,
     read_device,
     read_dtype,
@@ -254,6 +256,74 @@ def bench(
             on_run=on_run,
         )
     typer.echo(to_json(report.to_dict()) if as_json else str(report), nl=not as_json)
+
+
+@app.command()
+def simulate(
+    grid: Annotated[str, typer.Option(metavar="YxX", help="Token grid: X, YxX or TxYxX.")],
+    kernel_size: Annotated[
+        str | None, typer.Option(metavar="YxX", help="Window per axis, or one number for all.", show_default=False)
+    ] = None,
+    radius: Annotated[
+        str | None, typer.Option(metavar="R", help="CLEAR's circle instead: one radius, or one per axis.")
+    ] = None,
+    stride: Annotated[str, typer.Option(metavar="YxX", help="Queries that share a window.")] = "1",
+    dilation: Annotated[str, typer.Option(metavar="YxX", help="Step between the keys of a window.")] = "1",
+    q_tile: Annotated[
+        str | None, typer.Option(metavar="YxX", help="Queries per tile. [default: the kernels', 128 tokens]")
+    ] = None,
+    kv_tile: Annotated[
+        str | None, typer.Option(metavar="YxX", help="Keys per tile. [default: the kernels', 64 tokens]")
+    ] = None,
+    is_causal: Annotated[bool, typer.Option(help="Hide later keys on every axis.")] = False,
+    dynamic_kv: Annotated[bool, typer.Option(help="Key tiles begin where a window does, not on a raster.")] = False,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of a model's time in this attention: adds its whole speed-up.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps, with --fraction.")] = 1,
+    dense_steps: Annotated[int, typer.Option(help="Those that keep dense attention, with --fraction.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the speed-up against stride and tile.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count the key tiles a window visits, and the speed-up they allow on tiled hardware."""
+    from vision_attn.benchmark.output import picture_format, to_json, write_picture
+    from vision_attn.benchmark.simulation import default_tiles, draw_curves
+    from vision_attn.operators.neighborhood import checked_box
+    from vision_attn.simulator import end_to_end
+    from vision_attn.simulator import simulate as count
+
+    tokens = parse_axes(grid, "--grid")
+    axes = (tokens,) if isinstance(tokens, int) else tokens
+    window: dict[str, Any] = {
+        "kernel_size": None if kernel_size is None else parse_axes(kernel_size, "--kernel-size"),
+        "stride": parse_axes(stride, "--stride"),
+        "dilation": parse_axes(dilation, "--dilation"),
+        "is_causal": is_causal,
+    }
+    tiles: dict[str, Any] = {
+        name: default if typed is None else parse_axes(typed, f"--{name.replace('_', '-')}")
+        for name, typed, default in zip(("q_tile", "kv_tile"), (q_tile, kv_tile), default_tiles(axes), strict=True)
+    }
+    result = count(
+        axes, **window, **tiles, dynamic_kv=dynamic_kv, radius=None if radius is None else parse_radius(radius)
+    )
+    numbers = {"grid": axes, **window, "radius": radius, **tiles} | result.to_dict()
+    if fraction is not None:
+        numbers["end_to_end"] = end_to_end(fraction, result.speedup, steps, dense_steps)
+    if plot is not None:
+        if kernel_size is None:
+            raise ValueError("--plot must come with --kernel-size: a circle has no stride to draw")
+        picture_format(plot)
+        require_writable(plot, plot)
+        write_picture(plot, draw_curves(checked_box("simulate", axes, **window)), on_ready=_appearing.extend)
+    if as_json:
+        typer.echo(to_json(numbers), nl=False)
+        return
+    typer.echo(str(result))
+    if fraction is not None:
+        typer.echo(f"speed-up of it all  {numbers['end_to_end']:.2f}x (attention is {fraction:.1%} of the time)")
+    if plot is not None:
+        typer.echo(f"\nThe picture: {plot}")
 
 
 @app.command()

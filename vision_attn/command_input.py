@@ -63,6 +63,31 @@ def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     return rows, columns
 
 
+def parse_axes(text: str, option: str) -> int | tuple[int, ...]:
+    """`"16x8"` as (16, 8), `"16"` as 16; one to three numbers from 1.
+
+    Raises:
+        ValueError: other text.
+    """
+    numbers = re.split("[xX×]", text.strip())
+    if not 1 <= len(numbers) <= 3 or not all(re.fullmatch(r"[1-9]\d{0,8}", number) for number in numbers):
+        raise ValueError(f"{option} must be one to three whole numbers such as 8, 16x8 or 4x16x8, got {text!r}")
+    return int(numbers[0]) if len(numbers) == 1 else tuple(map(int, numbers))
+
+
+def parse_radius(text: str, option: str = "--radius") -> float | tuple[float, ...]:
+    """`"8"` as 8.0, `"2x8x8"` as one radius per axis.
+
+    Raises:
+        ValueError: other text.
+    """
+    try:
+        numbers = tuple(float(number) for number in re.split("[xX×]", text.strip()))
+    except ValueError:
+        raise ValueError(f"{option} must be numbers such as 8, 7.5 or 2x8x8, got {text!r}") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def require_writable(out: Path, *files: Path) -> None:
     """What cannot be written is found before the work, not after it; nothing is made yet.
 

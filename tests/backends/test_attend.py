@@ -67,8 +67,8 @@ def test_chunks_do_not_change_the_result(monkeypatch):
 
 
 WINDOWS = {
-    "box": ([3, 4], [2, 3], [2, 1], [1, 1], [False, True], 0.0),
-    "ball": ([3, 4], [], [], [], [], 1.5),
+    "box": ([3, 4], [3, 3], [2, 1], [1, 1], [False, True], 0),
+    "ball": ([3, 4], [1, 1], [1, 1], [1, 1], [False, False], 4),
 }
 
 

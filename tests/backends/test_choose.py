@@ -23,14 +23,51 @@ def test_the_table_names_every_backend():
 
 
 def test_auto_is_a_backend_that_always_works():
-    assert resolve("auto", "f") == "tiled"
+    assert resolve("auto", "f", X, X) == "tiled"
     torch.testing.assert_close(va.na2d(X, X, X, 3), va.na2d(X, X, X, 3, backend="dense"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU sees")
-def test_triton_without_a_gpu_says_so():
+def test_triton_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="na2d: backend='triton' cannot be used here: it needs a CUDA or ROCm GPU"):
         va.na2d(X, X, X, 3, backend="triton")
+
+
+def test_triton_that_is_not_installed_says_how(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="na2d: backend='triton' cannot be used here: pip install triton"):
+        va.na2d(X, X, X, 3, backend="triton")
+
+
+def test_triton_on_an_old_gpu_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
+    with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or newer, this one has 7\.5, or use"):
+        va.na2d(X, X, X, 3, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (X.double(), "backend='triton' has no torch.float64: use backend='tiled'"),
+        (X.bfloat16(), "backend='triton' has no torch.bfloat16 under TRITON_INTERPRET=1, .*: use backend='tiled'"),
+        (torch.randn(1, 6, 7, 1, 257), "backend='triton' takes head dims up to 256, got 257: use backend='tiled'"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(tensor, message):
+    with pytest.raises(NotImplementedError, match=message):
+        va.na2d(tensor, tensor, tensor, 3, backend="triton")
+
+
+def test_triton_takes_no_tensors_of_the_cpu_without_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    with pytest.raises(NotImplementedError, match="backend='triton' takes tensors on a CUDA or ROCm GPU, got cpu"):
+        va.na2d(X, X, X, 3, backend="triton")
+    assert resolve("auto", "f", X, X) == "tiled"
 
 
 def test_natten_that_is_not_installed_says_how(monkeypatch):

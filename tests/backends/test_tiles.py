@@ -16,7 +16,7 @@ def reaches(draw):
     axes = draw(st.integers(1, 3))
     grid = tuple(draw(st.integers(1, (50, 14, 8)[axes - 1])) for _ in range(axes))
     if draw(st.booleans()):
-        return Ball(grid, draw(st.sampled_from([0.5, 1.0, 2.0, 3.3, 5.0, 100.0])))
+        return Ball.of_radius(grid, draw(st.sampled_from([0.5, 1.0, 2.0, 3.3, 5.0, 100.0])))
     dilation = tuple(draw(st.integers(1, min(3, n))) for n in grid)
     kernel = tuple(draw(st.integers(1, n // d)) for n, d in zip(grid, dilation, strict=True))
     stride = tuple(draw(st.integers(1, k)) for k in kernel)
@@ -44,7 +44,7 @@ def test_tiles_rebuild_the_mask_exactly(reach, data):
 
 @pytest.mark.parametrize("grid", [(64, 64), (61, 67), (128, 96)])
 def test_the_number_of_groups_does_not_grow_with_the_grid(grid):
-    assert len(plan(Ball(grid, 8.0), (8, 8))) <= 25
+    assert len(plan(Ball.of_radius(grid, 8.0), (8, 8))) <= 25
 
 
 def test_blocked_windows_need_no_mask():
@@ -71,7 +71,7 @@ def test_a_plan_of_a_long_row_is_small():
 
 
 def test_a_window_in_two_dimensions_touches_few_keys():
-    groups = plan(Ball((64, 64), 8.0))
+    groups = plan(Ball.of_radius((64, 64), 8.0))
     touched = sum(group.tiles * group.queries * group.keys for group in groups)
     row_major = 64 * 64 * (15 + 1) * 64  # 64 queries of a row reach 15 rows of 64 keys, at least
     assert touched < row_major / 2

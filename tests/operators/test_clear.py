@@ -81,7 +81,7 @@ def golden_outputs(case, attended, w):
     return [linear(flat[:, text:], w, "to_out.0"), linear(flat[:, :text], w, "to_add_out")]
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
 @pytest.mark.parametrize("name", CASES)
 def test_golden_blocks(name, backend):
     case = CASES[name]
@@ -112,7 +112,7 @@ def test_golden_blocks_tell_wrong_variants_apart(name):
             assert error == pytest.approx(known[variant], rel=0.01), variant
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
 @pytest.mark.parametrize("name", ["local_joint_b2_12x20_w4_T40", "down_single_12x20_w4_prop"])
 def test_golden_gradients_match_the_float64_oracle(name, backend):
     case = CASES[name]

@@ -62,6 +62,18 @@ def test_key_padding_is_honoured(op, kind, backend):
     torch.testing.assert_close(ours, expected(op, q, k, v, mask[:, 0].expand(-1, LAYOUT.tokens, -1)))
 
 
+@pytest.mark.parametrize("kind", ["key padding", "rows of their own"])
+@pytest.mark.parametrize("op", OPERATORS, ids=str)
+def test_masks_reach_the_triton_kernels(op, kind):
+    q, k, v = (x.float() for x in qkv())
+    mask = padding(op)
+    if kind == "rows of their own":
+        mask = mask.expand(-1, -1, LAYOUT.tokens, -1).clone()
+        mask[:, :, 0, 2:7] = False
+    ours = op(q, k, v, LAYOUT, attn_mask=mask, backend="triton")
+    torch.testing.assert_close(ours, op(q, k, v, LAYOUT, attn_mask=mask, backend="dense"))
+
+
 @pytest.mark.parametrize("op", [va.Clear(2), va.Neighborhood(3)], ids=str)
 def test_text_queries_may_have_masks_of_their_own(op):
     q, k, v = qkv()

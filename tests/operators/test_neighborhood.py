@@ -22,8 +22,12 @@ NA = {1: va.na1d, 2: va.na2d, 3: va.na3d}
 TENSORS = ("q", "k", "v", "ak", "av")
 
 
-def golden_inputs(case, dtype):
+def golden_inputs(case, dtype, one_head=False):
+    """Query, key, value, extra key and value; on request of one batch item and the query heads of one key head."""
     arrays = [GOLDEN.get(f"{case}_{name}") for name in TENSORS]
+    if one_head:
+        group = arrays[0].shape[-2] // arrays[1].shape[-2]
+        arrays = [a if a is None else a[:1, ..., : group if i == 0 else 1, :] for i, a in enumerate(arrays)]
     return [None if a is None else torch.from_numpy(a).to(dtype).requires_grad_() for a in arrays]
 
 
@@ -44,7 +48,7 @@ def oracle_call(config, tensors):
     return out.unflatten(1, grid), lse.unflatten(1, grid)
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_golden_outputs(case, backend):
     out, lse = call(CASES[case], golden_inputs(case, torch.float32), backend)
@@ -61,13 +65,13 @@ def test_golden_outputs_in_half_precision(case, backend, dtype, tolerance):
     torch.testing.assert_close(out.float(), torch.from_numpy(GOLDEN[f"{case}_out"]), atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_golden_gradients_match_the_float64_oracle(case, backend):
-    config = CASES[case]
-    wide = golden_inputs(case, torch.float64)
+    config, one_head = CASES[case], backend == "triton"  # interpreted: one head says what many do
+    wide = golden_inputs(case, torch.float64, one_head)
     _, expected = oracle.gradients(lambda: oracle_call(config, wide), [x for x in wide if x is not None])
-    ours = golden_inputs(case, torch.float32)
+    ours = golden_inputs(case, torch.float32, one_head)
     outputs, grads = oracle.gradients(lambda: call(config, ours, backend), [x for x in ours if x is not None])
     assert outputs[0].dtype == torch.float32
     for grad, truth in zip(grads, expected, strict=True):
@@ -269,7 +273,7 @@ def test_values_without_channels(backend):
     torch.testing.assert_close(lse, va.na2d(q, k, v, 3, return_lse=True)[1])
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
 def test_empty_batch_with_extra_keys(backend):
     x, extra = torch.randn(0, 4, 6, 2, 3), torch.randn(0, 5, 2, 3)
     assert va.na2d(x, x, x, 3, additional_keys=extra, additional_values=extra, backend=backend).shape == x.shape

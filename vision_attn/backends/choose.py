@@ -7,6 +7,10 @@ import os
 import shutil
 
 import torch
+from torch import Tensor
+
+from vision_attn.backends.triton import why_not_served, why_not_triton
+from vision_attn.kernels.reach import Reach
 
 BACKENDS = ("auto", "dense", "tiled", "flex", "triton", "natten")
 
@@ -30,12 +34,15 @@ def backends() -> Backends:
     return Backends({name: _why_not(name) or "yes" for name in BACKENDS if name != "auto"})
 
 
-def resolve(backend: str, where: str) -> str:
-    """The backend to use for `backend`, which may be `"auto"`.
+def resolve(backend: str, where: str, query: Tensor, value: Tensor, reach: Reach | None = None) -> str:
+    """The backend to use for `backend`; for `"auto"` the Triton kernels on a GPU that can run them, else `tiled`.
 
     Args:
         backend: One of `BACKENDS`.
         where: Name of the public function, for the message.
+        query: `[B, S, H, D]`.
+        value: `[B, S, Hkv, Dv]`.
+        reach: The window, where there is one.
 
     Raises:
         ValueError: unknown name.
@@ -43,7 +50,8 @@ def resolve(backend: str, where: str) -> str:
         RuntimeError: the backend's hardware is missing.
     """
     if backend == "auto":
-        return "tiled"
+        on_gpu = query.is_cuda and why_not_triton() is None and why_not_served(query, value, reach) is None
+        return "triton" if on_gpu else "tiled"
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{where}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = _why_not(backend)
@@ -54,19 +62,13 @@ def resolve(backend: str, where: str) -> str:
 
 
 def _why_not(backend: str) -> str | None:
-    return {"flex": _why_not_flex, "triton": _why_not_triton, "natten": _why_not_natten}.get(backend, lambda: None)()
+    return {"flex": _why_not_flex, "triton": why_not_triton, "natten": _why_not_natten}.get(backend, lambda: None)()
 
 
 def _why_not_flex() -> str | None:
     if torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         return None
     return "torch compiles it with a C++ compiler and finds none: install g++, or set CXX"
-
-
-def _why_not_triton() -> str | None:
-    if not torch.cuda.is_available():
-        return "it needs a CUDA or ROCm GPU and torch sees none"
-    return "this release has no Triton kernels yet"
 
 
 def _why_not_natten() -> str | None:

@@ -76,7 +76,8 @@ def mask_mod(reach: Reach, device: str) -> Any:
     if isinstance(reach, Ball):
 
         def ball(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return sum((x[q_idx] - x[kv_idx]) ** 2 for x in coordinates) < reach.limit  # type: ignore[return-value]
+            steps = (w * (x[q_idx] - x[kv_idx]) ** 2 for w, x in zip(reach.weights, coordinates, strict=True))
+            return sum(steps) < reach.limit  # type: ignore[return-value]
 
         return ball
     windows = [tuple(x.to(device) for x in reach.axis_windows(axis)) for axis in range(len(reach.grid))]

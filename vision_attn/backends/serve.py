@@ -14,6 +14,7 @@ from vision_attn.backends.dense import dense_attention, dense_windowed
 from vision_attn.backends.flex import flex_windowed
 from vision_attn.backends.natten import natten_windowed
 from vision_attn.backends.tiled import window_attention
+from vision_attn.backends.triton import triton_windowed
 from vision_attn.kernels.reach import Ball, Reach
 
 
@@ -49,6 +50,8 @@ def windowed(
         NotImplementedError: the backend has no such feature.
     """
     _refuse_forward_mode(backend, query, key, value)
+    if backend == "triton":
+        return triton_windowed(query, key, value, reach, scale, key_bias=key_bias, extra=extra)
     if backend not in ("dense", "tiled") and any(bias is not None for bias in (key_bias, *(e[2] for e in extra))):
         raise NotImplementedError(f"backend={backend!r} takes no mask: use backend='tiled'")
     if backend == "natten" and _needs_gradient(query, key, value, extra) and (extra or return_lse):

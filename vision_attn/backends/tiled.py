@@ -7,7 +7,7 @@ used. Grids, windows and head dims are arbitrary; nothing is padded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from vision_attn.backends.attend import (
     lse_delta,
 )
 from vision_attn.backends.tiles import plan, query_order
-from vision_attn.kernels.reach import Ball, Box, Reach
+from vision_attn.kernels.reach import Reach, from_arguments, to_arguments
 
 # Gathered keys and values of one batch of tiles, in bytes: large enough that few batches start threads, small enough to
 # stay in a last-level cache and one buffer (gathering 58 MB at once took 45 ms, page faults included; in parts 10 ms).
@@ -47,33 +47,7 @@ def window_attention(
     Returns:
         Output `[B, N, H, Dv]` and log-sum-exp `[B, N, H]`.
     """
-    return windowed(query, key, value, key_bias, *_geometry(reach), scale)
-
-
-def _geometry(reach: Reach) -> tuple[list[int], list[int], list[int], list[int], list[bool], float]:
-    if isinstance(reach, Ball):
-        return list(reach.grid), [], [], [], [], float(reach.radius)
-    return (
-        list(reach.grid),
-        list(reach.kernel_size),
-        list(reach.stride),
-        list(reach.dilation),
-        list(reach.is_causal),
-        0.0,
-    )
-
-
-def _reach(
-    grid: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    causal: Sequence[bool],
-    radius: float,
-) -> Reach:
-    if not kernel:
-        return Ball(tuple(grid), radius)
-    return Box(tuple(grid), tuple(kernel), tuple(stride), tuple(dilation), tuple(causal))
+    return windowed(query, key, value, key_bias, *to_arguments(reach), scale)
 
 
 @torch.library.custom_op("vision_attn::windowed", mutates_args=())
@@ -83,15 +57,15 @@ def windowed(
     value: Tensor,
     key_bias: Tensor | None,
     grid: list[int],
-    kernel_size: list[int],
+    window: list[int],
     stride: list[int],
     dilation: list[int],
     is_causal: list[bool],
-    radius: float,
+    limit: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`window_attention` with the window spelled out: a ball of `radius` where `kernel_size` is empty, else a box."""
-    reach = _reach(grid, kernel_size, stride, dilation, is_causal, radius)
+    """`window_attention` with the window spelled out as `to_arguments` does."""
+    reach = from_arguments(grid, window, stride, dilation, is_causal, limit)
     heads, heads_kv = query.shape[2], key.shape[2]
     order, inverse = (x.to(query.device) for x in query_order(reach))
     output = query.new_empty(*query.shape[:3], value.shape[3])
@@ -116,7 +90,7 @@ def windowed(
 
 
 @windowed.register_fake
-def _(query, key, value, key_bias, grid, kernel_size, stride, dilation, is_causal, radius, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, key_bias, *args):  # type: ignore[no-untyped-def]
     shape = query.shape[:3]
     return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=accumulator(query.dtype))
 
@@ -132,18 +106,18 @@ def windowed_backward(
     output: Tensor,
     lse: Tensor,
     grid: list[int],
-    kernel_size: list[int],
+    window: list[int],
     stride: list[int],
     dilation: list[int],
     is_causal: list[bool],
-    radius: float,
+    limit: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `windowed` for query, key and value.
 
     Keys that several tiles share collect their gradients in the order of the tiles: deterministic on the CPU.
     """
-    reach = _reach(grid, kernel_size, stride, dilation, is_causal, radius)
+    reach = from_arguments(grid, window, stride, dilation, is_causal, limit)
     wide, heads, heads_kv = accumulator(query.dtype), query.shape[2], key.shape[2]
     order, inverse = (x.to(query.device) for x in query_order(reach))
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)

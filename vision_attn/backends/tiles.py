@@ -186,19 +186,19 @@ def _group(reach: Reach, axes: tuple[AxisClass, ...]) -> TileGroup:
     for axis in axes:
         mask = _outer(mask, axis.allowed, torch.logical_and)
     if isinstance(reach, Ball):
-        mask = mask & (_squared_distance(axes) < reach.limit)
+        mask = mask & (_squared_distance(reach, axes) < reach.limit)
     seen = mask.any(0)
     kept = None if bool(seen.all()) else seen.nonzero().squeeze(1)
     mask = mask if kept is None else mask[:, kept]
     return TileGroup(reach.grid, axes, kept, None if bool(mask.all()) else mask)
 
 
-def _squared_distance(axes: tuple[AxisClass, ...]) -> Tensor:
+def _squared_distance(reach: Ball, axes: tuple[AxisClass, ...]) -> Tensor:
     distance = torch.zeros(1, 1, dtype=torch.long, device="cpu")
-    for axis in axes:
+    for axis, weight in zip(axes, reach.weights, strict=True):
         shift = axis.first_query[0] - axis.first_key[0]
         query, key = (axis.step * torch.arange(n, device="cpu") for n in axis.allowed.shape)
-        distance = _outer(distance, (shift + query.unsqueeze(1) - key).square(), torch.add)
+        distance = _outer(distance, weight * (shift + query.unsqueeze(1) - key).square(), torch.add)
     return distance
 
 

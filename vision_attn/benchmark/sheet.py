@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vision_attn.benchmark.compare import Comparison, Row
+from vision_attn.benchmark.drawing import draw_text, fitted_text, text_width
 from vision_attn.benchmark.palette import ATTENTION, CARD, EDGE, GOOD, INK, MUTED, PAGE, REST, Colour, heat
 from vision_attn.benchmark.summary import decibels, flops, mebibytes
 
@@ -77,15 +78,15 @@ class _Card:
         right = left + _PICTURE + 2 * _PADDING
         draw.rounded_rectangle((left, top, right, top + self.height), radius=14, fill=CARD, outline=EDGE)
         x, y = left + _PADDING, top + _PADDING
-        _text(draw, (x, y - 4), _fitted(self.row.operator, 22, _PICTURE), 22, INK)
+        draw_text(draw, (x, y - 4), fitted_text(self.row.operator, 22, _PICTURE), 22, INK)
         y += 36
         sheet.paste(_scaled(self.picture, self.picture_height), (x, y))
         y += self.picture_height + 14
         self._draw_difference(sheet, draw, x, y)
         y += self.picture_height + 12
         for name, value, colour in self._facts():
-            _text(draw, (x, y), name, 17, MUTED)
-            _text(draw, (x + _PICTURE, y), value, 17, colour, anchor="ra")
+            draw_text(draw, (x, y), name, 17, MUTED)
+            draw_text(draw, (x + _PICTURE, y), value, 17, colour, anchor="ra")
             y += _LINE
         self._draw_bar(draw, x, y + 10)
 
@@ -94,8 +95,10 @@ class _Card:
             box = (x, y, x + _PICTURE - 1, y + self.picture_height - 1)
             draw.rectangle(box, fill=PAGE)
             centre = (x + _PICTURE // 2, y + self.picture_height // 2)
-            _text(draw, (centre[0], centre[1] - 14), "the reference", 20, MUTED, anchor="mm")
-            _text(draw, (centre[0], centre[1] + 14), "below the others: their difference to it", 16, MUTED, anchor="mm")
+            draw_text(draw, (centre[0], centre[1] - 14), "the reference", 20, MUTED, anchor="mm")
+            draw_text(
+                draw, (centre[0], centre[1] + 14), "below the others: their difference to it", 16, MUTED, anchor="mm"
+            )
             return
         difference = np.abs(self.picture - self.dense).max(axis=-1) / _HEAT_RANGE
         coloured = heat(difference).astype(np.float32) / 255
@@ -142,8 +145,8 @@ class _Card:
         draw.rounded_rectangle((x, y, x + length, y + _BAR), radius=5, fill=REST)
         if attention >= 10:
             draw.rounded_rectangle((x, y, x + attention, y + _BAR), radius=5, fill=ATTENTION)
-        _text(draw, (x, y + _BAR + 6), f"attention {self.row.attention_share:.0%}", 16, ATTENTION)
-        _text(draw, (x + _PICTURE, y + _BAR + 6), "the rest", 16, MUTED, anchor="ra")
+        draw_text(draw, (x, y + _BAR + 6), f"attention {self.row.attention_share:.0%}", 16, ATTENTION)
+        draw_text(draw, (x + _PICTURE, y + _BAR + 6), "the rest", 16, MUTED, anchor="ra")
 
 
 def _share_of(count: int | None, dense: int | None, stock: bool) -> str:
@@ -166,8 +169,8 @@ def _draw_header(draw: ImageDraw.ImageDraw, comparison: Comparison, width: int) 
         f"seed {request.seed}",
         f"{comparison.environment['device']}, {comparison.environment['dtype']}",
     ]
-    _text(draw, (_MARGIN, 30), _fitted(request.prompt or "", 34, room), 34, INK)
-    _text(draw, (_MARGIN, 84), _fitted("   ·   ".join(fact for fact in facts if fact), 18, room), 18, MUTED)
+    draw_text(draw, (_MARGIN, 30), fitted_text(request.prompt or "", 34, room), 34, INK)
+    draw_text(draw, (_MARGIN, 84), fitted_text("   ·   ".join(fact for fact in facts if fact), 18, room), 18, MUTED)
 
 
 def _draw_legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, one_line: bool) -> None:
@@ -175,16 +178,16 @@ def _draw_legend(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int, one_line
     x = _MARGIN
     ramp = np.tile(np.linspace(0, 1, 150), (14, 1))
     label = "difference to dense"
-    _text(draw, (x, y - 2), label, 16, MUTED)
-    x += round(_font(16).getlength(label)) + 14
-    _text(draw, (x, y - 2), "0", 16, MUTED)
+    draw_text(draw, (x, y - 2), label, 16, MUTED)
+    x += text_width(label, 16) + 14
+    draw_text(draw, (x, y - 2), "0", 16, MUTED)
     sheet.paste(Image.fromarray(heat(ramp)), (x + 16, y + 2))
-    _text(draw, (x + 176, y - 2), f"{_HEAT_RANGE:.0%} of full scale or more", 16, MUTED)
+    draw_text(draw, (x + 176, y - 2), f"{_HEAT_RANGE:.0%} of full scale or more", 16, MUTED)
     inset = "inset: what the token in the middle of the grid sees"
     if one_line:
-        _text(draw, (sheet.width - _MARGIN, y - 2), inset, 16, MUTED, anchor="ra")
+        draw_text(draw, (sheet.width - _MARGIN, y - 2), inset, 16, MUTED, anchor="ra")
     else:
-        _text(draw, (_MARGIN, y + 28), inset, 16, MUTED)
+        draw_text(draw, (_MARGIN, y + 28), inset, 16, MUTED)
 
 
 def _still(image: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -197,22 +200,3 @@ def _scaled(picture: NDArray[np.floating], height: int) -> Image.Image:
     # Enlarged pixels stay pixels: smoothing would hide what the small models draw.
     way = Image.Resampling.NEAREST if pixels.width * 2 <= _PICTURE else Image.Resampling.LANCZOS
     return pixels.resize((_PICTURE, height), way)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _fitted(text: str, size: int, room: int) -> str:
-    """The text, shortened with an ellipsis where it is wider than `room` pixels."""
-    if _font(size).getlength(text) <= room:
-        return text
-    while text and _font(size).getlength(text + "...") > room:
-        text = text[:-1]
-    return text.rstrip() + "..."
-
-
-def _text(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, colour: Colour, anchor: str = "la"
-) -> None:
-    draw.text(at, text, font=_font(size), fill=colour, anchor=anchor)

@@ -34,7 +34,8 @@ def window_of(operator: Any, grid: tuple[int, int]) -> Window:
     Raises:
         ValueError: another operator, or one for a grid of another number of axes.
     """
-    if isinstance(operator, va.Clear) and operator.down_factor == 1 and not operator.proportional:
+    plain = isinstance(operator, va.Clear) and operator.down_factor == 1 and not operator.proportional
+    if plain and not isinstance(operator.radius, tuple):
         limit = operator.radius**2
         return lambda qy, qx, ky, kx: (qy - ky) ** 2 + (qx - kx) ** 2 < limit
     if isinstance(operator, va.Neighborhood) and _all_ones(operator.stride) and _all_ones(operator.dilation):

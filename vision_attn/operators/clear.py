@@ -75,7 +75,7 @@ def clear_attention(
     value: Tensor,
     *,
     grid: tuple[int, ...],
-    radius: float,
+    radius: float | tuple[float, ...],
     text_tokens: int = 0,
     text_first: bool = True,
     down_factor: int = 1,
@@ -91,7 +91,8 @@ def clear_attention(
         key: `[B, S, Hkv, D]`, `Hkv` divides `H`.
         value: `[B, S, Hkv, Dv]`.
         grid: Image tokens `(Y, X)` or `(T, Y, X)`.
-        radius: In tokens, above 0. Keys at a distance strictly below it are seen; windows are clipped at borders.
+        radius: In tokens, above 0. Keys at a distance strictly below it are seen; windows are clipped at borders. One
+            radius per axis of the grid makes an ellipse, `sum((step / radius)^2) < 1`, as for video.
         text_tokens: Tokens that everyone sees and that see everyone.
         text_first: Whether text stands before the image tokens (FLUX) or after them (SD3).
         down_factor: Side `f` of the cells pooled into one extra key and value; 1 for none. On a `(T, Y, X)` grid
@@ -130,7 +131,7 @@ def clear_attention(
     check_attention_inputs(where, query, key, value)
     _check_sequence(where, query, layout)
     pooled = pooled_keys(where, key, value, layout, _checked_factor(where, down_factor), spatial_weight)
-    reach = _ball(layout.grid, _checked_radius(where, radius))
+    reach = checked_ball(where, layout.grid, radius)
     output, lse = joint_attention(
         where, query, key, value, layout, reach, scale, pooled=pooled, return_lse=return_lse, backend=backend
     )
@@ -192,7 +193,7 @@ class Clear:
     """CLEAR's circular attention as an operator for whole sequences.
 
     Args:
-        radius: In tokens, above 0; keys at a distance strictly below it are seen.
+        radius: In tokens, above 0; keys at a distance strictly below it are seen. One per grid axis makes an ellipse.
         down_factor: Side of the cells pooled into extra keys and values; 1 for none. Above 1 the operator has one
             learned parameter per layer, `spatial_weight`.
         proportional: Use `proportional_scale` (with factor 10 where keys are pooled, as the reference code does)
@@ -204,14 +205,13 @@ class Clear:
     Source: CLEAR (arXiv 2412.16112).
     """
 
-    radius: float
+    radius: float | tuple[float, ...]
     down_factor: int = 1
     proportional: bool = False
 
     def __post_init__(self) -> None:
-        radius = _checked_radius("Clear", self.radius)
-        if isinstance(self.radius, float):  # numpy's float is one too, but prints as no literal
-            object.__setattr__(self, "radius", radius)
+        # Numpy's float is one of Python's too, but prints as no literal.
+        object.__setattr__(self, "radius", _checked_radius("Clear", self.radius))
         _checked_factor("Clear", self.down_factor)
         if not isinstance(self.proportional, bool):
             raise TypeError(f"Clear: proportional must be True or False, got {self.proportional!r}")
@@ -250,7 +250,7 @@ class Clear:
 
     def reach(self, layout: TokenLayout) -> Ball:
         """The window on this layout's grid."""
-        return _ball(layout.grid, float(self.radius))
+        return checked_ball("Clear", layout.grid, self.radius)
 
     def mask(self, layout: TokenLayout) -> Tensor:
         """Bool `[S, S]`: which token sees which; pooled keys are left out."""
@@ -298,17 +298,37 @@ def _check_sequence(where: str, query: Tensor, layout: TokenLayout) -> None:
         )
 
 
-def _checked_radius(where: str, radius: Any) -> float:
+def checked_ball(where: str, grid: tuple[int, ...], radius: Any) -> Ball:
+    """The window of a radius, or of one per axis, on a token grid.
+
+    Raises:
+        ValueError, TypeError: a radius out of range, or another number of them than the grid has axes.
+    """
+    radius = _checked_radius(where, radius)
+    if isinstance(radius, tuple) and len(radius) != len(grid):
+        raise ValueError(
+            f"{where}: radius must be one value or {len(grid)} of them (one per axis of the grid {grid}), got {radius}"
+        )
+    try:
+        return Ball.of_radius(grid, radius)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _checked_radius(where: str, radius: Any) -> float | tuple[float, ...]:
+    if isinstance(radius, (list, tuple)):
+        if not 2 <= len(radius) <= 3:
+            raise ValueError(f"{where}: radius must be one value or one per grid axis, 2 or 3, got {radius!r}")
+        return tuple(_checked_length(where, item) for item in radius)
+    return _checked_length(where, radius)
+
+
+def _checked_length(where: str, radius: Any) -> float:
     if isinstance(radius, bool) or not isinstance(radius, (int, float)):
         raise TypeError(f"{where}: radius must be a number of tokens, got {radius!r}")
     if not 0 < radius < sys.float_info.max:
         raise ValueError(f"{where}: radius must be above 0 and finite, got {radius}: 1 sees the query's own token only")
-    return float(radius)
-
-
-def _ball(grid: tuple[int, ...], radius: float) -> Ball:
-    # Radii up to 1 see the token itself, radii beyond the sum of the axes see all: squares neither vanish nor overflow.
-    return Ball(grid, min(max(radius, 1.0), 1.0 + sum(grid)))
+    return radius if isinstance(radius, int) else float(radius)
 
 
 def _checked_factor(where: str, down_factor: Any) -> int:

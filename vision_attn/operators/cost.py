@@ -58,7 +58,8 @@ def visited_tiles(reach: Reach) -> int:
     for axis, tile in enumerate(KV_TILE[len(reach.grid)]):
         distance = _nearest(reach, axis, tile)
         here, here_counts = distance[distance >= 0].unique(return_counts=True)
-        squares = (squares[:, None] + here.square()).flatten()
+        weight = reach.weights[axis] if isinstance(reach, Ball) else 1
+        squares = (squares[:, None] + weight * here.square()).flatten()
         counts = (counts[:, None] * here_counts).flatten()
     limit = reach.limit if isinstance(reach, Ball) else math.inf
     return int(counts[squares < limit].sum())
@@ -74,7 +75,7 @@ def _nearest(reach: Reach, axis: int, tile: int) -> Tensor:
     start = torch.arange(tiles) * tile
     last = (start + tile - 1).clamp(max=n - 1)
     gap = torch.maximum(start[:, None] - last, start - last[:, None]).clamp(min=0)
-    return torch.where(gap <= reach.extent, gap, -1)
+    return torch.where(gap <= reach.extent(axis), gap, -1)
 
 
 def _box_tiles(first: Tensor, count: Tensor, n: int, tile: int, dilation: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vision_attn.backends import full, resolve, windowed
+from vision_attn.backends import full, resolve, triton_windowed, windowed
 from vision_attn.errors import UnsupportedError
 from vision_attn.kernels.reach import Reach
 from vision_attn.layout import TokenLayout
@@ -55,7 +55,7 @@ def joint_attention(
     """
     query, key, value = autocast(query, key, value)
     check_joint_inputs(where, query, key, value, layout)
-    factor, chosen = resolve_scale(where, scale, query.shape[-1]), resolve(backend, where)
+    factor, chosen = resolve_scale(where, scale, query.shape[-1]), resolve(backend, where, query, value, reach)
     with no_autocast(query):
         return _joint(where, query, key, value, layout, reach, factor, attn_mask, pooled, return_lse, chosen)
 
@@ -76,6 +76,8 @@ def _joint(
     bias, text_mask = split_mask(where, attn_mask, query, layout)
     if pooled and bias is not None:
         _require_visible_grid(where, bias[:, layout.image_slice])
+    if chosen == "triton" and (text_mask is None or text_mask.shape[2] == 1):  # text and image queries share the bias
+        return triton_windowed(query, key, value, reach, factor, before=layout.text_before, key_bias=bias, extra=pooled)
     image, before, after = (
         layout.image_slice,
         slice(0, layout.text_before),

@@ -172,7 +172,7 @@ def _neighborhood(
     extra = [] if additional_keys is None or additional_values is None else [(additional_keys, additional_values, None)]
     q, k, v = (x.flatten(1, axes) for x in (query, key, value))
     factor = resolve_scale(where, scale, query.shape[-1])
-    chosen = resolve(backend, where)
+    chosen = resolve(backend, where, query, value, reach)
     with no_autocast(query):
         output, lse = windowed(q, k, v, reach, factor, extra=extra, return_lse=return_lse, backend=chosen)
     output, lse = output.unflatten(1, grid), lse.unflatten(1, grid)

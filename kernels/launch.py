@@ -1,0 +1,89 @@
+"""How a kernel is launched: tile sizes, warps and stages, read from `launch_configs.json` per kernel and architecture.
+
+A file of the same form at the path in `VISION_ATTN_LAUNCH_CONFIGS` comes first: `vision-attn tune` writes one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIGS = Path(__file__).with_name("launch_configs.json")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One kernel's launch.
+
+    Attributes:
+        q_tokens: Queries per tile, a power of two of at least 16.
+        kv_tokens: Keys per tile, a power of two of at least 16.
+        warps: Warps per program.
+        stages: Key tiles in flight.
+    """
+
+    q_tokens: int
+    kv_tokens: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("q_tokens", "kv_tokens", "warps", "stages"):
+            value, least = getattr(self, name), 16 if name.endswith("tokens") else 1
+            power = isinstance(value, int) and value >= least and (name == "stages" or value & (value - 1) == 0)
+            if not power:
+                raise ValueError(f"LaunchConfig: {name} must be a power of two of at least {least}, got {value!r}")
+
+
+def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) -> LaunchConfig:
+    """The launch of a kernel for this head dim (the larger of keys and values), dtype and architecture.
+
+    Args:
+        kernel: A key of the file, such as `windowed_forward`.
+        head_dim: Up to 256.
+        dtype: Of query, key and value.
+        architecture: `sm80`, `gfx942`, ...; one that the file lacks uses its default.
+
+    Raises:
+        NotImplementedError: a larger head dim.
+    """
+    bits = 32 if dtype == torch.float32 else 16
+    for table in _tables():
+        rows = table.get(kernel, {})
+        for row in (*rows.get(architecture, ()), *rows.get("default", ())):
+            if row["bits"] == bits and head_dim <= row["head_dim"]:
+                return LaunchConfig(row["q_tokens"], row["kv_tokens"], row["warps"], row["stages"])
+    raise NotImplementedError(f"{kernel}: head_dim must be at most 256, got {head_dim}: use backend='tiled'")
+
+
+def architecture_of(device: torch.device) -> str:
+    """`sm90` or `gfx942` for a GPU, `cpu` for the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def tile_shape(tokens: int, lengths: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A box of `tokens` tokens as close to a cube as axes of these lengths allow; what is too much runs along X."""
+    shape = [1, 1, 1]
+    while math.prod(shape) < tokens:
+        open_axes = [axis for axis in (2, 1, 0) if shape[axis] < lengths[axis]]
+        shape[min(open_axes, key=lambda axis: shape[axis], default=2)] *= 2
+    return shape[0], shape[1], shape[2]
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[dict[str, Any], ...]:
+    own = os.environ.get("VISION_ATTN_LAUNCH_CONFIGS")
+    paths = [Path(own), CONFIGS] if own else [CONFIGS]
+    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths)

@@ -1,0 +1,32 @@
+"""Triton pieces of every attention kernel: rows of tokens in and out, and the numbers of a softmax in base 2."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: exp2(-inf - LOWEST) is 0, exp2(-inf + inf) would be NaN
+
+
+@triton.jit
+def sequence_row(token, split, jump):
+    """Row in the sequence of the `token`-th member of a set that leaves out `jump` rows at `split`."""
+    return tl.where(token >= split, token + jump, token)
+
+
+@triton.jit
+def load_rows(base, offsets, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `[tokens, BLOCK_D]` at `base + offsets`, zero where not valid and beyond channel `D`."""
+    channel = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (channel < D)[None, :]
+    return tl.load(base + offsets[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offsets, valid, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Inverse of `load_rows`."""
+    channel = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (channel < D)[None, :]
+    tl.store(base + offsets[:, None] + channel[None, :], value.to(base.dtype.element_ty), mask=mask)

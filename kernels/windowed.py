@@ -1,0 +1,357 @@
+"""Windowed attention as custom ops over the Triton kernels: forward, backward, shapes for `torch.compile`.
+
+One op serves boxes (Generalized Neighborhood Attention) and balls (CLEAR), with text tokens in the sequence and further
+keys from elsewhere. Nothing is permuted, padded or masked in memory; the backward pass has no atomics.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .geometry import Geometry, KeyPart, QueryPart, geometry_of, key_parts, query_parts
+from .launch import LaunchConfig, architecture_of, choose, tile_shape
+from .windowed_backward import _delta_kernel, _windowed_backward_dkv_kernel, _windowed_backward_dq_kernel
+from .windowed_forward import _windowed_forward_kernel
+
+
+@torch.library.custom_op("vision_attn_kernels::windowed", mutates_args=())
+def windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_bias: Tensor | None,
+    grid: list[int],
+    window: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    limit: int,
+    before: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a sequence whose grid tokens see a window, all tokens off the grid and all extra keys.
+
+    Tokens off the grid see the whole sequence and no extra keys.
+
+    Args:
+        query: `[B, S, H, D]`, or the grid's tokens alone, `[B, N, H, D]`; float16, bfloat16 or float32, D up to 256.
+        key: `[B, S, Hkv, D]`, the grid's `N` tokens in row-major order behind the first `before`.
+        value: `[B, S, Hkv, Dv]`.
+        bias: `[B, S]`, added to the logits of a key; `-inf` hides it. No gradient.
+        extra_key: `[B, P, Hkv, D]`.
+        extra_value: `[B, P, Hkv, Dv]`.
+        extra_bias: `[B, P]`. No gradient.
+        grid: Tokens per axis, one to three of them.
+        window: Kernel size per axis; for a ball the weight of the axis' squared steps.
+        stride: As for `na3d`.
+        dilation: As for `na3d`.
+        is_causal: As for `na3d`.
+        limit: Weighted squared steps of a ball stay below it; 0 for a box.
+        before: Tokens before the grid.
+        scale: Factor on the logits.
+
+    Returns:
+        Output `[B, Sq, H, Dv]` in the query's dtype and natural log-sum-exp `[B, Sq, H]` in float32; zeros and `-inf`
+        for a query without keys.
+
+    Source: arXiv 2504.16922 (boxes), arXiv 2412.16112 (balls), arXiv 2205.14135 (online softmax).
+    """
+    geometry = geometry_of(grid, window, stride, dilation, is_causal, limit)
+    return forward(Call(query, key, value, bias, extra_key, extra_value, extra_bias, geometry, before, scale))
+
+
+@windowed.register_fake
+def _(query, key, value, *args):  # type: ignore[no-untyped-def]
+    shape = query.shape[:3]
+    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("vision_attn_kernels::windowed_backward", mutates_args=())
+def windowed_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_bias: Tensor | None,
+    grid: list[int],
+    window: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    limit: int,
+    before: int,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of `windowed` for query, key, value and, where they exist, extra key and extra value."""
+    geometry = geometry_of(grid, window, stride, dilation, is_causal, limit)
+    call = Call(query, key, value, bias, extra_key, extra_value, extra_bias, geometry, before, scale)
+    return backward(call, output, lse, grad_output, grad_lse)
+
+
+@windowed_backward.register_fake
+def _(grad_output, grad_lse, output, lse, query, key, value, bias, extra_key, extra_value, *args):  # type: ignore[no-untyped-def]
+    needed = (query, key, value, extra_key, extra_value)
+    return [_empty_like(x) for x in needed if x is not None]
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.grid, ctx.window, ctx.stride, ctx.dilation, ctx.is_causal, ctx.limit, ctx.before, ctx.scale = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _backward(ctx, grad_output, grad_lse):  # type: ignore[no-untyped-def]
+    window = (ctx.grid, ctx.window, ctx.stride, ctx.dilation, ctx.is_causal, ctx.limit, ctx.before, ctx.scale)
+    grads = windowed_backward(grad_output, grad_lse, *ctx.saved_tensors, *window)
+    extra = grads[3:] if len(grads) == 5 else (None, None)
+    return *grads[:3], None, *extra, None, *(None,) * len(window)
+
+
+windowed.register_autograd(_backward, setup_context=_save)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `windowed`, its window as a `Geometry`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    extra_key: Tensor | None
+    extra_value: Tensor | None
+    extra_bias: Tensor | None
+    geometry: Geometry
+    before: int
+    scale: float
+
+    @property
+    def extra_tokens(self) -> int:
+        """Number of extra keys."""
+        return 0 if self.extra_key is None else self.extra_key.shape[1]
+
+    def query_parts(self) -> list[QueryPart]:
+        """What the launches over queries are."""
+        return query_parts(self.geometry, self.before, self.query.shape[1], self.key.shape[1])
+
+    def key_parts(self) -> list[KeyPart]:
+        """What the launches over keys are."""
+        return key_parts(self.geometry, self.before, self.query.shape[1], self.key.shape[1], self.extra_tokens)
+
+    def config(self, kernel: str) -> LaunchConfig:
+        """The launch of a kernel on this device."""
+        head_dim = max(self.query.shape[3], self.value.shape[3])
+        return choose(kernel, head_dim, self.query.dtype, architecture_of(self.query.device))
+
+
+def forward(
+    call: Call, config: LaunchConfig | None = None, counters: Tensor | None = None, aligned: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`windowed` with a chosen launch.
+
+    Args:
+        call: The arguments.
+        config: None for the one of this device.
+        counters: int32 `[B * H * tiles, 2]` for the key boxes that each program of the grid visits and masks.
+        aligned: Key boxes start at multiples of their size, not where a window does.
+    """
+    query, key, value = (_unit_rows(x) for x in (call.query, call.key, call.value))
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    config = config or call.config("windowed_forward")
+    if query.shape[0] == 0:
+        return output, lse
+    for part in call.query_parts():
+        geometry = part.geometry
+        tile = tile_shape(config.q_tokens, geometry.group_lengths)
+        tiles = geometry.tiles(tile)
+        counted = counters is not None and geometry.windowed
+        extra = _extra_arguments(call, part.sees_extra)
+        with _device(query):
+            _windowed_forward_kernel[(query.shape[0] * query.shape[2] * tiles,)](
+                query, key, value, call.bias, *extra.pointers, output, lse, counters if counted else None,
+                _strides(query), _strides(key), _strides(value), *extra.strides, _strides(output), lse.stride(),
+                _batch_stride(call.bias), extra.bias_stride,
+                query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
+                *part.queries.place, *part.grid_keys.place, part.rows.count, *part.rows.place, extra.tokens,
+                HAS_BIAS=call.bias is not None, HAS_EXTRA=extra.tokens > 0, HAS_EXTRA_BIAS=extra.has_bias,
+                COUNT=counted, ALIGNED=aligned, **_constants(geometry, config, tile, key, value, "kv"),
+            )  # fmt: skip
+    return output, lse
+
+
+def backward(
+    call: Call,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    config_dq: LaunchConfig | None = None,
+    config_dkv: LaunchConfig | None = None,
+) -> list[Tensor]:
+    """`windowed_backward` with chosen launches."""
+    needed = (call.query, call.key, call.value, call.extra_key, call.extra_value)
+    grads = [_empty_like(x) for x in needed if x is not None]
+    config_dq, config_dkv = (
+        config_dq or call.config("windowed_backward_dq"),
+        config_dkv or call.config("windowed_backward_dkv"),
+    )
+    if call.query.shape[0] == 0:
+        return [grad.zero_() for grad in grads]
+    grad_output = _unit_rows(grad_output)
+    delta = _delta(output, grad_output, grad_lse, lse)
+    for part in call.query_parts():
+        _launch_dq(call, part, config_dq, grad_output, lse, delta, grads[0])
+    for key_part in call.key_parts():
+        _launch_dkv(call, key_part, config_dkv, grad_output, lse, delta, grads[3:] if key_part.is_extra else grads[1:3])
+    return grads
+
+
+def _launch_dq(
+    call: Call, part: QueryPart, config: LaunchConfig, grad_output: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor
+) -> None:
+    query, key, value = (_unit_rows(x) for x in (call.query, call.key, call.value))
+    geometry, extra = part.geometry, _extra_arguments(call, part.sees_extra)
+    tile = tile_shape(config.q_tokens, geometry.group_lengths)
+    tiles = geometry.tiles(tile)
+    with _device(query):
+        _windowed_backward_dq_kernel[(query.shape[0] * query.shape[2] * tiles,)](
+            query, key, value, call.bias, *extra.pointers, grad_output, lse, delta, grad_q,
+            _strides(query), _strides(key), _strides(value), *extra.strides, _strides(grad_output), lse.stride(),
+            _strides(grad_q), _batch_stride(call.bias), extra.bias_stride,
+            query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
+            *part.queries.place, *part.grid_keys.place, part.rows.count, *part.rows.place, extra.tokens,
+            HAS_BIAS=call.bias is not None, HAS_EXTRA=extra.tokens > 0, HAS_EXTRA_BIAS=extra.has_bias,
+            ALIGNED=False, **_constants(geometry, config, tile, key, value, "kv"),
+        )  # fmt: skip
+
+
+def _launch_dkv(
+    call: Call,
+    part: KeyPart,
+    config: LaunchConfig,
+    grad_output: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grads: list[Tensor],
+) -> None:
+    query, geometry = _unit_rows(call.query), part.geometry
+    key, value, bias = (
+        (call.extra_key, call.extra_value, call.extra_bias) if part.is_extra else (call.key, call.value, call.bias)
+    )
+    assert key is not None
+    assert value is not None
+    key, value = _unit_rows(key), _unit_rows(value)
+    tile = tile_shape(config.kv_tokens, geometry.group_lengths)
+    tiles = geometry.tiles(tile)
+    with _device(query):
+        _windowed_backward_dkv_kernel[(key.shape[0] * key.shape[2] * tiles,)](
+            query, key, value, bias, grad_output, lse, delta, *grads,
+            _strides(query), _strides(key), _strides(value), _strides(grad_output), lse.stride(),
+            *map(_strides, grads), _batch_stride(bias),
+            key.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
+            *part.grid_queries.place, *part.keys.place, part.rows.count, *part.rows.place,
+            HAS_BIAS=bias is not None, ALIGNED=False, **_constants(geometry, config, tile, key, value, "q"),
+        )  # fmt: skip
+
+
+def _delta(output: Tensor, grad_output: Tensor, grad_lse: Tensor, lse: Tensor) -> Tensor:
+    delta = torch.empty_like(lse)
+    batch, tokens, heads, width = output.shape
+    block = 64
+    with _device(output):
+        _delta_kernel[(batch * heads * triton.cdiv(tokens, block),)](
+            output, grad_output, grad_lse, delta,
+            _strides(output), _strides(grad_output), grad_lse.stride(), delta.stride(),
+            heads, tokens, BLOCK=block, DV=width, BLOCK_DV=_block(width),
+        )  # fmt: skip
+    return delta
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """The extra keys' arguments of a launch; those of no extra keys stand for nothing."""
+
+    pointers: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    strides: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (0, 0, 0))
+    bias_stride: int = 0
+    tokens: int = 0
+
+    @property
+    def has_bias(self) -> bool:
+        return self.pointers[2] is not None
+
+
+def _extra_arguments(call: Call, seen: bool) -> _Extra:
+    if call.extra_key is None or call.extra_value is None or call.extra_tokens == 0 or not seen:
+        return _Extra()
+    key, value = _unit_rows(call.extra_key), _unit_rows(call.extra_value)
+    bias_stride = _batch_stride(call.extra_bias)
+    return _Extra((key, value, call.extra_bias), (_strides(key), _strides(value)), bias_stride, call.extra_tokens)
+
+
+def _window(geometry: Geometry) -> tuple[Any, ...]:
+    return geometry.grid, geometry.window, geometry.stride, geometry.dilation, geometry.limit
+
+
+def _constants(
+    geometry: Geometry, config: LaunchConfig, fixed: tuple[int, int, int], key: Tensor, value: Tensor, walked: str
+) -> dict[str, Any]:
+    """What a launch compiles in: the window's kind, tiles, head dims; and its warps and stages."""
+    moving = config.kv_tokens if walked == "kv" else config.q_tokens
+    other = tile_shape(moving, geometry.group_lengths)
+    return {
+        "WINDOWED": geometry.windowed,
+        "BALL": geometry.limit > 0,
+        "CAUSAL": geometry.is_causal,
+        "Q_TILE": fixed if walked == "kv" else other,
+        "KV_TILE": other if walked == "kv" else fixed,
+        "D": key.shape[3],
+        "DV": value.shape[3],
+        "BLOCK_D": _block(key.shape[3]),
+        "BLOCK_DV": _block(value.shape[3]),
+        # Products of float32 on tensor cores in three parts, as exact as without them; AMD's take float32 as it is.
+        "PRECISION": "ieee" if key.dtype != torch.float32 or torch.version.hip else "tf32x3",
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _batch_stride(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.stride(0)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """The tensor itself where channels are neighbours in memory, else a copy in which they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

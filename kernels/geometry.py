@@ -39,6 +39,11 @@ class Geometry:
         return math.prod(self.grid)
 
     @property
+    def axes(self) -> int:
+        """Axes from the first longer than one token on: what is before need not be looked at."""
+        return next((3 - axis for axis, n in enumerate(self.grid) if n > 1), 1)
+
+    @property
     def group_lengths(self) -> Axes:
         """Tokens per axis of the longest dilation group."""
         t, y, x = (-(-n // d) for n, d in zip(self.grid, self.dilation, strict=True))

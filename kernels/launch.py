@@ -55,7 +55,7 @@ def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) ->
         NotImplementedError: a larger head dim.
     """
     bits = 32 if dtype == torch.float32 else 16
-    for table in _tables():
+    for table in tables():
         rows = table.get(kernel, {})
         for row in (*rows.get(architecture, ()), *rows.get("default", ())):
             if row["bits"] == bits and head_dim <= row["head_dim"]:
@@ -83,7 +83,8 @@ def tile_shape(tokens: int, lengths: tuple[int, int, int]) -> tuple[int, int, in
 
 
 @lru_cache(maxsize=1)
-def _tables() -> tuple[dict[str, Any], ...]:
+def tables() -> tuple[dict[str, Any], ...]:
+    """The tables in the order in which they are asked; the package's own is the last."""
     own = os.environ.get("VISION_ATTN_LAUNCH_CONFIGS")
     paths = [Path(own), CONFIGS] if own else [CONFIGS]
     return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths)

@@ -220,19 +220,27 @@ def fixed_intervals(
 
 
 @triton.jit
-def visible_pairs(intervals, walked, length, window, limit, BALL: tl.constexpr):
-    """Which pair of fixed token (row) and walked token (column) the window holds, bool `[fixed, walked]`."""
+def visible_pairs(intervals, walked, length, window, limit, BALL: tl.constexpr, AXES: tl.constexpr):
+    """Which pair of fixed token (row) and walked token (column) the window holds, bool `[fixed, walked]`.
+
+    Boxes have one token on an axis before the first of the `AXES`: nothing is to be seen there.
+    """
     if BALL:
-        t = intervals[0][:, None] - walked[0][None, :]
-        y = intervals[2][:, None] - walked[1][None, :]
         x = intervals[4][:, None] - walked[2][None, :]
-        result = (t * t * window[0] + y * y * window[1] + x * x * window[2] < limit) & inside(walked, length)[None, :]
+        squares = x * x * window[2]
+        if AXES > 1:
+            y = intervals[2][:, None] - walked[1][None, :]
+            squares += y * y * window[1]
+        if AXES > 2:
+            t = intervals[0][:, None] - walked[0][None, :]
+            squares += t * t * window[0]
+        result = (squares < limit) & inside(walked, length)[None, :]
     else:
-        result = (
-            (walked[0][None, :] >= intervals[0][:, None]) & (walked[0][None, :] < intervals[1][:, None])
-            & (walked[1][None, :] >= intervals[2][:, None]) & (walked[1][None, :] < intervals[3][:, None])
-            & (walked[2][None, :] >= intervals[4][:, None]) & (walked[2][None, :] < intervals[5][:, None])
-        )  # fmt: skip
+        result = (walked[2][None, :] >= intervals[4][:, None]) & (walked[2][None, :] < intervals[5][:, None])
+        if AXES > 1:
+            result &= (walked[1][None, :] >= intervals[2][:, None]) & (walked[1][None, :] < intervals[3][:, None])
+        if AXES > 2:
+            result &= (walked[0][None, :] >= intervals[0][:, None]) & (walked[0][None, :] < intervals[1][:, None])
     return result
 
 

@@ -1,13 +1,9 @@
-"""Triton pieces of every attention kernel: rows of tokens in and out, and the numbers of a softmax in base 2."""
+"""Triton pieces of every attention kernel: rows of tokens in and out."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: exp2(-inf - LOWEST) is 0, exp2(-inf + inf) would be NaN
 
 
 @triton.jit

@@ -6,17 +6,24 @@ keys from elsewhere. Nothing is permuted, padded or masked in memory; the backwa
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .geometry import Geometry, KeyPart, QueryPart, geometry_of, key_parts, query_parts
 from .launch import LaunchConfig, architecture_of, choose, tile_shape
-from .windowed_backward import _delta_kernel, _windowed_backward_dkv_kernel, _windowed_backward_dq_kernel
+from .tensors import (
+    batch_stride,
+    delta_of,
+    empty_like,
+    head_constants,
+    on_device,
+    strides,
+    unit_rows,
+)
+from .windowed_backward import _windowed_backward_dkv_kernel, _windowed_backward_dq_kernel
 from .windowed_forward import _windowed_forward_kernel
 
 
@@ -106,7 +113,7 @@ def windowed_backward(
 @windowed_backward.register_fake
 def _(grad_output, grad_lse, output, lse, query, key, value, bias, extra_key, extra_value, *args):  # type: ignore[no-untyped-def]
     needed = (query, key, value, extra_key, extra_value)
-    return [_empty_like(x) for x in needed if x is not None]
+    return [empty_like(x) for x in needed if x is not None]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -169,7 +176,7 @@ def forward(
         counters: int32 `[B * H * tiles, 2]` for the key boxes that each program of the grid visits and masks.
         aligned: Key boxes start at multiples of their size, not where a window does.
     """
-    query, key, value = (_unit_rows(x) for x in (call.query, call.key, call.value))
+    query, key, value = (unit_rows(x) for x in (call.query, call.key, call.value))
     output = query.new_empty(*query.shape[:3], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     config = config or call.config("windowed_forward")
@@ -181,11 +188,11 @@ def forward(
         tiles = geometry.tiles(tile)
         counted = counters is not None and geometry.windowed
         extra = _extra_arguments(call, part.sees_extra)
-        with _device(query):
+        with on_device(query):
             _windowed_forward_kernel[(query.shape[0] * query.shape[2] * tiles,)](
                 query, key, value, call.bias, *extra.pointers, output, lse, counters if counted else None,
-                _strides(query), _strides(key), _strides(value), *extra.strides, _strides(output), lse.stride(),
-                _batch_stride(call.bias), extra.bias_stride,
+                strides(query), strides(key), strides(value), *extra.strides, strides(output), lse.stride(),
+                batch_stride(call.bias), extra.bias_stride,
                 query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
                 *part.queries.place, *part.grid_keys.place, part.rows.count, *part.rows.place, extra.tokens,
                 HAS_BIAS=call.bias is not None, HAS_EXTRA=extra.tokens > 0, HAS_EXTRA_BIAS=extra.has_bias,
@@ -205,15 +212,15 @@ def backward(
 ) -> list[Tensor]:
     """`windowed_backward` with chosen launches."""
     needed = (call.query, call.key, call.value, call.extra_key, call.extra_value)
-    grads = [_empty_like(x) for x in needed if x is not None]
+    grads = [empty_like(x) for x in needed if x is not None]
     config_dq, config_dkv = (
         config_dq or call.config("windowed_backward_dq"),
         config_dkv or call.config("windowed_backward_dkv"),
     )
     if call.query.shape[0] == 0:
         return [grad.zero_() for grad in grads]
-    grad_output = _unit_rows(grad_output)
-    delta = _delta(output, grad_output, grad_lse, lse)
+    grad_output = unit_rows(grad_output)
+    delta = delta_of(output, grad_output, grad_lse, lse)
     for part in call.query_parts():
         _launch_dq(call, part, config_dq, grad_output, lse, delta, grads[0])
     for key_part in call.key_parts():
@@ -224,15 +231,15 @@ def backward(
 def _launch_dq(
     call: Call, part: QueryPart, config: LaunchConfig, grad_output: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor
 ) -> None:
-    query, key, value = (_unit_rows(x) for x in (call.query, call.key, call.value))
+    query, key, value = (unit_rows(x) for x in (call.query, call.key, call.value))
     geometry, extra = part.geometry, _extra_arguments(call, part.sees_extra)
     tile = tile_shape(config.q_tokens, geometry.group_lengths)
     tiles = geometry.tiles(tile)
-    with _device(query):
+    with on_device(query):
         _windowed_backward_dq_kernel[(query.shape[0] * query.shape[2] * tiles,)](
             query, key, value, call.bias, *extra.pointers, grad_output, lse, delta, grad_q,
-            _strides(query), _strides(key), _strides(value), *extra.strides, _strides(grad_output), lse.stride(),
-            _strides(grad_q), _batch_stride(call.bias), extra.bias_stride,
+            strides(query), strides(key), strides(value), *extra.strides, strides(grad_output), lse.stride(),
+            strides(grad_q), batch_stride(call.bias), extra.bias_stride,
             query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
             *part.queries.place, *part.grid_keys.place, part.rows.count, *part.rows.place, extra.tokens,
             HAS_BIAS=call.bias is not None, HAS_EXTRA=extra.tokens > 0, HAS_EXTRA_BIAS=extra.has_bias,
@@ -249,37 +256,24 @@ def _launch_dkv(
     delta: Tensor,
     grads: list[Tensor],
 ) -> None:
-    query, geometry = _unit_rows(call.query), part.geometry
+    query, geometry = unit_rows(call.query), part.geometry
     key, value, bias = (
         (call.extra_key, call.extra_value, call.extra_bias) if part.is_extra else (call.key, call.value, call.bias)
     )
     assert key is not None
     assert value is not None
-    key, value = _unit_rows(key), _unit_rows(value)
+    key, value = unit_rows(key), unit_rows(value)
     tile = tile_shape(config.kv_tokens, geometry.group_lengths)
     tiles = geometry.tiles(tile)
-    with _device(query):
+    with on_device(query):
         _windowed_backward_dkv_kernel[(key.shape[0] * key.shape[2] * tiles,)](
             query, key, value, bias, grad_output, lse, delta, *grads,
-            _strides(query), _strides(key), _strides(value), _strides(grad_output), lse.stride(),
-            *map(_strides, grads), _batch_stride(bias),
+            strides(query), strides(key), strides(value), strides(grad_output), lse.stride(),
+            *map(strides, grads), batch_stride(bias),
             key.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
             *part.grid_queries.place, *part.keys.place, part.rows.count, *part.rows.place,
             HAS_BIAS=bias is not None, ALIGNED=False, **_constants(geometry, config, tile, key, value, "q"),
         )  # fmt: skip
-
-
-def _delta(output: Tensor, grad_output: Tensor, grad_lse: Tensor, lse: Tensor) -> Tensor:
-    delta = torch.empty_like(lse)
-    batch, tokens, heads, width = output.shape
-    block = 64
-    with _device(output):
-        _delta_kernel[(batch * heads * triton.cdiv(tokens, block),)](
-            output, grad_output, grad_lse, delta,
-            _strides(output), _strides(grad_output), grad_lse.stride(), delta.stride(),
-            heads, tokens, BLOCK=block, DV=width, BLOCK_DV=_block(width),
-        )  # fmt: skip
-    return delta
 
 
 @dataclass(frozen=True)
@@ -299,9 +293,9 @@ class _Extra:
 def _extra_arguments(call: Call, seen: bool) -> _Extra:
     if call.extra_key is None or call.extra_value is None or call.extra_tokens == 0 or not seen:
         return _Extra()
-    key, value = _unit_rows(call.extra_key), _unit_rows(call.extra_value)
-    bias_stride = _batch_stride(call.extra_bias)
-    return _Extra((key, value, call.extra_bias), (_strides(key), _strides(value)), bias_stride, call.extra_tokens)
+    key, value = unit_rows(call.extra_key), unit_rows(call.extra_value)
+    bias_stride = batch_stride(call.extra_bias)
+    return _Extra((key, value, call.extra_bias), (strides(key), strides(value)), bias_stride, call.extra_tokens)
 
 
 def _window(geometry: Geometry) -> tuple[Any, ...]:
@@ -318,40 +312,9 @@ def _constants(
         "WINDOWED": geometry.windowed,
         "BALL": geometry.limit > 0,
         "CAUSAL": geometry.is_causal,
+        "AXES": geometry.axes,
         "Q_TILE": fixed if walked == "kv" else other,
         "KV_TILE": other if walked == "kv" else fixed,
-        "D": key.shape[3],
-        "DV": value.shape[3],
-        "BLOCK_D": _block(key.shape[3]),
-        "BLOCK_DV": _block(value.shape[3]),
-        # Products of float32 on tensor cores in three parts, as exact as without them; AMD's take float32 as it is.
-        "PRECISION": "ieee" if key.dtype != torch.float32 or torch.version.hip else "tf32x3",
         "num_warps": config.warps,
         "num_stages": config.stages,
-    }
-
-
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
-def _batch_stride(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.stride(0)
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    """The tensor itself where channels are neighbours in memory, else a copy in which they are."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    } | head_constants(key, value)

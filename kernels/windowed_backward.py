@@ -1,8 +1,7 @@
 """Triton kernels of windowed attention, backward: one for dQ, one for dK and dV, neither with atomics.
 
 dQ walks over keys as the forward pass does. dK and dV hold a box of keys and walk over the queries that reach it, so
-every gradient has one writer and sums in a fixed order. `delta` is `rowsum(dO * O) - dLSE` (arXiv 2307.08691, with
-the gradient of the log-sum-exp).
+every gradient has one writer and sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .softmax import LOG2E, grad_kv_step, grad_q_step, load_statistics
 from .tile_walk import (
     fixed_intervals,
     flat_offset,
@@ -26,55 +26,7 @@ from .tile_walk import (
     tile_steps,
     visible_pairs,
 )
-from .token_rows import LOG2E, load_rows, sequence_row, store_rows
-
-
-@triton.jit
-def _delta_kernel(
-    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, out_strides, grad_out_strides, grad_lse_strides, delta_strides,
-    heads, tokens, BLOCK: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """`rowsum(dO * O) - dLSE`, float32 `[B, S, H]`."""
-    blocks = tl.cdiv(tokens, BLOCK)
-    program = tl.program_id(0)
-    batch, head = (program // blocks // heads).to(tl.int64), (program // blocks % heads).to(tl.int64)
-    row = (program % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    valid = row < tokens
-    out_ptr += batch * out_strides[0] + head * out_strides[2]
-    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
-    grad_lse_ptr += batch * grad_lse_strides[0] + head * grad_lse_strides[2]
-    delta_ptr += batch * delta_strides[0] + head * delta_strides[2]
-    out = load_rows(out_ptr, row * out_strides[1], valid, DV, BLOCK_DV).to(tl.float32)
-    grad_out = load_rows(grad_out_ptr, row * grad_out_strides[1], valid, DV, BLOCK_DV).to(tl.float32)
-    grad_lse = tl.load(grad_lse_ptr + row * grad_lse_strides[1], mask=valid, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + row * delta_strides[1], tl.sum(out * grad_out, 1) - grad_lse, mask=valid)
-
-
-@triton.jit
-def _load_statistics(lse_ptr, delta_ptr, offsets, valid):
-    """Log-sum-exp in units of log 2, `+inf` where a query has no keys or does not exist (no weight then), and delta."""
-    lse = tl.load(lse_ptr + offsets, mask=valid, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + offsets, mask=valid, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse), delta
-
-
-@triton.jit
-def _grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION: tl.constexpr):
-    """Adds the part of some keys to dQ; logits `[queries, keys]` in units of log 2."""
-    weights = tl.exp2(logits - lse[:, None])
-    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-    grad_logits = weights * (grad_weights - delta[:, None])
-    return tl.dot(grad_logits.to(k.dtype), k, grad_q, input_precision=PRECISION)
-
-
-@triton.jit
-def _grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION: tl.constexpr):
-    """Adds the part of some queries to dK and dV; logits `[keys, queries]` in units of log 2."""
-    weights = tl.exp2(logits - lse[None, :])
-    grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
-    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-    grad_logits = weights * (grad_weights - delta[None, :])
-    return tl.dot(grad_logits.to(q.dtype), q, grad_k, input_precision=PRECISION), grad_v
+from .token_rows import load_rows, sequence_row, store_rows
 
 
 @triton.jit
@@ -88,7 +40,8 @@ def _windowed_backward_dq_kernel(
     q_split, q_jump, k_split, k_jump,
     row_count, row_split, row_jump,
     extra_count,
-    WINDOWED: tl.constexpr, BALL: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WINDOWED: tl.constexpr, BALL: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_EXTRA_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,7 +68,7 @@ def _windowed_backward_dq_kernel(
     q_row = sequence_row(flat_token(position, residue, grid, dilation), q_split, q_jump).to(tl.int64)
     q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
     grad_out = load_rows(grad_out_ptr, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)  # [BLOCK_Q, DV]
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, q_row * lse_strides[1], q_valid)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, q_row * lse_strides[1], q_valid)
     grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     factor = scale * LOG2E
 
@@ -142,9 +95,9 @@ def _windowed_backward_dq_kernel(
                     bias = tl.load(bias_ptr + batch * bias_stride + k_row + k_offset, mask=k_valid, other=0.0)
                     logits += bias.to(tl.float32)[None, :] * LOG2E
                 if not is_interior(start, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE):
-                    pairs = visible_pairs(intervals, walked, length, window, limit, BALL)
+                    pairs = visible_pairs(intervals, walked, length, window, limit, BALL, AXES)
                     logits = tl.where(pairs, logits, float("-inf"))
-                grad_q = _grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+                grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
                 y, x, x_left = next_box(
                     y, x, x_left, budget, first, last, length, window, stride, BALL, CAUSAL, False, KV_TILE, ALIGNED
                 )
@@ -162,7 +115,7 @@ def _windowed_backward_dq_kernel(
             logits += bias.to(tl.float32)[None, :] * LOG2E
         if begin + BLOCK_K > row_count:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        grad_q = _grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
 
     if HAS_EXTRA:
         extra_k_ptr += batch * extra_k_strides[0] + kv_head * extra_k_strides[2]
@@ -178,7 +131,7 @@ def _windowed_backward_dq_kernel(
                 logits += bias.to(tl.float32)[None, :] * LOG2E
             if begin + BLOCK_K > extra_count:
                 logits = tl.where(k_valid[None, :], logits, float("-inf"))
-            grad_q = _grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+            grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
 
     store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
 
@@ -192,7 +145,8 @@ def _windowed_backward_dkv_kernel(
     grid, window, stride, dilation, limit,
     q_split, q_jump, k_split, k_jump,  # of the grid's tokens among the queries and among the keys
     row_count, row_split, row_jump,  # queries that see every key of the grid
-    WINDOWED: tl.constexpr, BALL: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    WINDOWED: tl.constexpr, BALL: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -247,14 +201,14 @@ def _windowed_backward_dkv_kernel(
                     grad_out = load_rows(
                         grad_out_base + row * grad_out_strides[1], q_offset * grad_out_strides[1], q_valid, DV, BLOCK_DV
                     )
-                    lse, delta = _load_statistics(lse_base, delta_base, (row + q_offset) * lse_strides[1], q_valid)
+                    lse, delta = load_statistics(lse_base, delta_base, (row + q_offset) * lse_strides[1], q_valid)
                     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor  # [BLOCK_K, BLOCK_Q]
                     if HAS_BIAS:
                         logits += bias[:, None]
                     if not is_interior(start, first, last, length, window, stride, limit, BALL, CAUSAL, True, Q_TILE):
-                        pairs = visible_pairs(intervals, walked, length, window, limit, BALL)
+                        pairs = visible_pairs(intervals, walked, length, window, limit, BALL, AXES)
                         logits = tl.where(pairs, logits, float("-inf"))
-                    grad_k, grad_v = _grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+                    grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
                     y, x, x_left = next_box(
                         y, x, x_left, budget, first, last, length, window, stride, BALL, CAUSAL, True, Q_TILE, ALIGNED
                     )
@@ -266,11 +220,11 @@ def _windowed_backward_dkv_kernel(
             rows = sequence_row(token, row_split, row_jump).to(tl.int64)
             q = load_rows(q_base, rows * q_strides[1], q_valid, D, BLOCK_D)
             grad_out = load_rows(grad_out_base, rows * grad_out_strides[1], q_valid, DV, BLOCK_DV)
-            lse, delta = _load_statistics(lse_base, delta_base, rows * lse_strides[1], q_valid)
+            lse, delta = load_statistics(lse_base, delta_base, rows * lse_strides[1], q_valid)
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
             if HAS_BIAS:
                 logits += bias[:, None]
-            grad_k, grad_v = _grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+            grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
 
     store_rows(grad_k_ptr, k_row * grad_k_strides[1], k_valid, grad_k * scale, D, BLOCK_D)
     store_rows(grad_v_ptr, k_row * grad_v_strides[1], k_valid, grad_v, DV, BLOCK_DV)

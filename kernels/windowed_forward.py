@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .softmax import LN2, LOG2E, LOWEST, softmax_step
 from .tile_walk import (
     fixed_intervals,
     flat_offset,
@@ -25,18 +26,7 @@ from .tile_walk import (
     tile_steps,
     visible_pairs,
 )
-from .token_rows import LN2, LOG2E, LOWEST, load_rows, sequence_row, store_rows
-
-
-@triton.jit
-def softmax_step(acc, l_i, m_i, logits, v, PRECISION: tl.constexpr):
-    """One step of the online softmax with logits `[queries, keys]` in units of log 2 (arXiv 2205.14135)."""
-    m_new = tl.maximum(m_i, tl.max(logits, 1))
-    weights = tl.exp2(logits - m_new[:, None])
-    rescale = tl.exp2(m_i - m_new)
-    l_i = l_i * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, l_i, m_new
+from .token_rows import load_rows, sequence_row, store_rows
 
 
 @triton.jit
@@ -49,7 +39,8 @@ def _windowed_forward_kernel(
     q_split, q_jump, k_split, k_jump,  # of the grid's tokens among the queries and in the keys' sequence
     row_count, row_split, row_jump,  # keys of the sequence that every query sees
     extra_count,
-    WINDOWED: tl.constexpr, BALL: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WINDOWED: tl.constexpr, BALL: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_EXTRA_BIAS: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -103,7 +94,7 @@ def _windowed_forward_kernel(
                     logits += bias.to(tl.float32)[None, :] * LOG2E
                 interior = is_interior(start, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE)
                 if not interior:
-                    pairs = visible_pairs(intervals, walked, length, window, limit, BALL)
+                    pairs = visible_pairs(intervals, walked, length, window, limit, BALL, AXES)
                     logits = tl.where(pairs, logits, float("-inf"))
                 v = load_rows(v_ptr + k_row * v_strides[1], k_offset * v_strides[1], k_valid, DV, BLOCK_DV)
                 acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)

@@ -5,7 +5,17 @@ the log-sum-exp, so that everything else is an exact merge.
 """
 
 from vision_attn.backends.choose import BACKENDS, Backends, backends, resolve
-from vision_attn.backends.serve import full, merge, windowed
+from vision_attn.backends.serve import block_sparse, full, merge, windowed
 from vision_attn.backends.triton import triton_windowed
 
-__all__ = ["BACKENDS", "Backends", "backends", "full", "merge", "resolve", "triton_windowed", "windowed"]
+__all__ = [
+    "BACKENDS",
+    "Backends",
+    "backends",
+    "block_sparse",
+    "full",
+    "merge",
+    "resolve",
+    "triton_windowed",
+    "windowed",
+]

@@ -10,11 +10,13 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils._pytree import tree_leaves
 
 from vision_attn.backends.attend import accumulator, attend, finite, logsumexp
+from vision_attn.backends.blocks import block_sparse as tiled_block_sparse
+from vision_attn.backends.blocks import dense_block_sparse
 from vision_attn.backends.dense import dense_attention, dense_windowed
 from vision_attn.backends.flex import flex_windowed
 from vision_attn.backends.natten import natten_windowed
 from vision_attn.backends.tiled import window_attention
-from vision_attn.backends.triton import triton_windowed
+from vision_attn.backends.triton import triton_block_sparse, triton_windowed
 from vision_attn.kernels.reach import Ball, Reach
 
 
@@ -88,6 +90,31 @@ def full(
         return dense_attention(query, key, value, attn_mask, scale)
     _refuse_forward_mode(backend, query, key, value)
     return attend(query, key, value, attn_mask, scale)
+
+
+def block_sparse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_index: Tensor,
+    blocks: tuple[int, int],
+    scale: float,
+    *,
+    backend: str = "tiled",
+) -> tuple[Tensor, Tensor]:
+    """Attention over listed blocks of keys; arguments as `vision_attn.backends.blocks.block_sparse`.
+
+    Raises:
+        NotImplementedError: the backend has no such feature.
+    """
+    _refuse_forward_mode(backend, query, key, value)
+    if backend == "dense":
+        return dense_block_sparse(query, key, value, block_index, blocks, scale)
+    if backend == "tiled":
+        return tiled_block_sparse(query, key, value, block_index, *blocks, scale)
+    if backend == "triton":
+        return triton_block_sparse(query, key, value, block_index, blocks, scale)
+    raise NotImplementedError(f"backend={backend!r} takes no lists of blocks: use backend='tiled'")
 
 
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

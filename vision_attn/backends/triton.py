@@ -101,6 +101,22 @@ def triton_windowed(
     return windowed(query, key, value, bias, extra_key, extra_value, extra_bias, *_arguments(reach), before, scale)
 
 
+def triton_block_sparse(
+    query: Tensor, key: Tensor, value: Tensor, block_index: Tensor, blocks: tuple[int, int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over listed blocks of keys; arguments as `vision_attn.backends.blocks.block_sparse`.
+
+    Raises:
+        NotImplementedError: a dtype, head dim or device that the kernels do not take.
+    """
+    reason = why_not_served(query, value)
+    if reason is not None:
+        raise NotImplementedError(f"backend='triton' {reason}: use backend='tiled'")
+    from vision_attn.kernels.block_sparse import block_sparse
+
+    return block_sparse(query, key, value, block_index, *blocks, scale)
+
+
 def _arguments(reach: Reach) -> tuple[list[int], list[int], list[int], list[int], list[bool], int]:
     *window, limit = to_arguments(reach)
     if isinstance(reach, Ball):  # all is seen beyond the corner, and what is larger may not fit 32 bits

@@ -1,5 +1,6 @@
 """Attention operators: functions on tensors, and the same as objects configured once."""
 
+from vision_attn.operators.block_sparse import block_sparse_attention
 from vision_attn.operators.clear import Clear, clear_attention, proportional_scale
 from vision_attn.operators.cost import Cost
 from vision_attn.operators.dense import Dense
@@ -12,6 +13,7 @@ __all__ = [
     "Cost",
     "Dense",
     "Neighborhood",
+    "block_sparse_attention",
     "clear_attention",
     "merge_attention",
     "na1d",

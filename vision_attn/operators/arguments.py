@@ -48,6 +48,14 @@ def check_joint_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, la
     layout.check(query.shape[1])
 
 
+def check_cross_inputs(where: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """`check_attention_inputs` for `[B, S, H, D]` tensors whose keys may be more or fewer than the queries."""
+    _check_kinds(where, query, key, value, 1)
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"{where}: key must have the query's batch {query.shape[0]}, got {key.shape[0]}")
+    _check_key_and_value(where, query, key, value)
+
+
 def check_attention_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, *, grid_axes: int = 1) -> None:
     """Check `[B, *grid, H, D]` query, key and value against each other.
 
@@ -63,6 +71,14 @@ def check_attention_inputs(where: str, query: Tensor, key: Tensor, value: Tensor
         ValueError: rank, shape, dtype or device do not fit.
         NotImplementedError: a sparse or nested tensor.
     """
+    _check_kinds(where, query, key, value, grid_axes)
+    if key.shape[:-2] != query.shape[:-2]:
+        expected, given = tuple(query.shape[:-2]), tuple(key.shape[:-2])
+        raise ValueError(f"{where}: key must have the query's batch and tokens {expected}, got {given}")
+    _check_key_and_value(where, query, key, value)
+
+
+def _check_kinds(where: str, query: Tensor, key: Tensor, value: Tensor, grid_axes: int) -> None:
     rank = grid_axes + 3
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
@@ -83,9 +99,9 @@ def check_attention_inputs(where: str, query: Tensor, key: Tensor, value: Tensor
             raise ValueError(f"{where}: {name} must be on the query's device {query.device}, got {x.device}")
     if query.shape[-1] == 0:
         raise ValueError(f"{where}: query must have a head dim of at least 1, got shape {tuple(query.shape)}")
-    if key.shape[:-2] != query.shape[:-2]:
-        expected, given = tuple(query.shape[:-2]), tuple(key.shape[:-2])
-        raise ValueError(f"{where}: key must have the query's batch and tokens {expected}, got {given}")
+
+
+def _check_key_and_value(where: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     _check_heads(where, "key", query, key)
     if value.shape[:-1] != key.shape[:-1]:
         expected, given = tuple(key.shape[:-1]), tuple(value.shape[:-1])

@@ -1,0 +1,294 @@
+"""Compiles every kernel ahead of time for GPUs that need not be here, reads the binaries and judges them.
+
+    python -m vision_attn.kernels.aot [--chips sm80 sm90 ...] [--json]
+
+Every row of `launch_configs.json` is compiled, for a 3-D box and a 2-D circle with text and extra keys. A launch passes
+if no register is spilled, its shared memory fits the chip, and every loop over keys or queries has tensor-core
+instructions. Occupancy and roofline are predictions from the binary and from datasheets: nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from .binary import Binary, read_amdgcn, read_cubin
+from .chips import CHIPS, Chip
+from .launch import LaunchConfig, tables, tile_shape
+
+WINDOWED = ("windowed_forward", "windowed_backward_dq", "windowed_backward_dkv")
+# A grid that every tile divides, for shapes and rates; the binary does not depend on it.
+_BOX_GRID, _CIRCLE_GRID = (32, 64, 64), (1, 128, 128)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with one launch for one chip."""
+
+    chip: str
+    kernel: str
+    window: str
+    dtype: str
+    head_dim: int
+    config: LaunchConfig
+
+    @property
+    def tiles(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Query and key tile."""
+        grid = _CIRCLE_GRID if self.window == "circle" else _BOX_GRID
+        return tile_shape(self.config.q_tokens, grid), tile_shape(self.config.kv_tokens, grid)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a launch.
+
+    Attributes:
+        launch: What was compiled.
+        binary: What the compiler made.
+        shared: Bytes of shared memory per program.
+        occupancy: Predicted share of a multiprocessor's warps that are resident.
+        intensity: FLOPs per byte that a loop moves from memory or cache.
+        bound: What the chip's datasheet says limits the loop where data come from main memory, if a model is named.
+        peak: Predicted share of the chip's tensor-core rate under that limit.
+        faults: Why the launch does not pass; empty where it does.
+    """
+
+    launch: Launch
+    binary: Binary
+    shared: int
+    occupancy: float
+    intensity: float
+    bound: str
+    peak: float
+    faults: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        loops = [dataclasses.asdict(loop) for loop in self.binary.attention_loops]
+        config = dataclasses.asdict(self.launch.config)
+        names = ("chip", "kernel", "window", "dtype", "head_dim")
+        return (
+            {name: getattr(self.launch, name) for name in names}
+            | config
+            | {
+                "registers": self.binary.registers,
+                "spills": self.binary.spills,
+                "shared_bytes": self.shared,
+                "tensor_instructions": self.binary.tensor,
+                "attention_loops": loops,
+                "predicted_occupancy": self.occupancy,
+                "flops_per_byte": self.intensity,
+                "predicted_bound": self.bound,
+                "predicted_share_of_peak": self.peak,
+                "faults": list(self.faults),
+            }
+        )
+
+
+def launches(chips: Sequence[str], kernels: Sequence[str] = WINDOWED) -> Iterator[Launch]:
+    """Every launch of the table for these chips."""
+    for chip in chips:
+        for kernel in kernels:
+            for row in tables()[-1][kernel].get(chip, []) or tables()[-1][kernel]["default"]:
+                config = LaunchConfig(row["q_tokens"], row["kv_tokens"], row["warps"], row["stages"])
+                for window in ("box", "circle"):
+                    yield Launch(chip, kernel, window, "fp32" if row["bits"] == 32 else "bf16", row["head_dim"], config)
+
+
+def compile_launch(launch: Launch) -> Report:
+    """Compile one launch and read its binary.
+
+    Raises:
+        RuntimeError: Triton is set to interpret kernels.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = _functions()[launch.kernel]
+    if not hasattr(kernel, "arg_names") or triton.knobs.runtime.interpret:
+        raise RuntimeError("aot: TRITON_INTERPRET must not be set: interpreted kernels are not compiled")
+    chip = CHIPS[launch.chip]
+    constants = _constants(launch, chip)
+    signature = {name: _type(name, launch.dtype, constants) for name in kernel.arg_names}
+    compiled = triton.compile(
+        ASTSource(kernel, signature=signature, constexprs=constants, attrs=_aligned(kernel.arg_names, signature)),
+        target=GPUTarget(chip.backend, chip.arch, chip.warp_size),
+        options={"num_warps": launch.config.warps, "num_stages": launch.config.stages},
+    )
+    binary = read_cubin(compiled.asm["cubin"]) if chip.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
+    return judge(launch, binary, compiled.metadata.shared)
+
+
+def judge(launch: Launch, binary: Binary, shared: int) -> Report:
+    """Faults of a binary, and what to expect of it."""
+    chip = CHIPS[launch.chip]
+    loops = binary.attention_loops
+    faults = []
+    if binary.spills:
+        faults.append(f"{binary.spills} spills")
+    if shared > chip.shared_per_program:
+        faults.append(f"{shared} bytes of shared memory, {chip.shared_per_program} is the limit")
+    if not loops:
+        faults.append("no attention loop found")
+    if any(loop.tensor == 0 for loop in loops):
+        faults.append("an attention loop without tensor-core instructions")
+    intensity, bound, peak = _roofline(launch, chip)
+    return Report(
+        launch, binary, shared, _occupancy(launch, chip, binary, shared), intensity, bound, peak, tuple(faults)
+    )
+
+
+def _occupancy(launch: Launch, chip: Chip, binary: Binary, shared: int) -> float:
+    warps = launch.config.warps
+    if chip.backend == "cuda":
+        per_warp = -(-binary.registers * chip.warp_size // 256) * 256  # allocated in units of 256
+        programs = min(
+            chip.registers // (per_warp * warps), chip.max_warps // warps, chip.max_programs,
+            chip.shared // max(shared + 1024, 1),  # one KiB per program is the system's
+        )  # fmt: skip
+        return programs * warps / chip.max_warps
+    # A CDNA compute unit has four SIMDs; registers are per lane, in units of 8, accumulators among them.
+    waves = min(chip.registers // (-(-binary.registers // 8) * 8), chip.max_warps)
+    programs = min(4 * waves // warps, chip.max_programs, chip.shared // max(shared, 1))
+    return programs * warps / (4 * chip.max_warps)
+
+
+def _roofline(launch: Launch, chip: Chip) -> tuple[float, str, float]:
+    """FLOPs per byte of one step of the inner loop, what limits it, and the share of the peak that is left."""
+    config, width = launch.config, launch.head_dim
+    size = 4 if launch.dtype == "fp32" else 2
+    products = {"windowed_forward": 2, "windowed_backward_dq": 3, "windowed_backward_dkv": 4}[launch.kernel]
+    flops = 2 * products * config.q_tokens * config.kv_tokens * width
+    walked = config.q_tokens if launch.kernel == "windowed_backward_dkv" else config.kv_tokens
+    intensity = flops / (2 * walked * width * size)
+    if not chip.tensor_flops or launch.dtype == "fp32":
+        return intensity, "", 0.0
+    peak = min(1.0, intensity * chip.bandwidth / chip.tensor_flops)
+    return intensity, "tensor cores" if peak == 1.0 else "memory", peak
+
+
+def _functions() -> dict[str, Any]:
+    from .windowed_backward import _windowed_backward_dkv_kernel, _windowed_backward_dq_kernel
+    from .windowed_forward import _windowed_forward_kernel
+
+    functions = _windowed_forward_kernel, _windowed_backward_dq_kernel, _windowed_backward_dkv_kernel
+    return dict(zip(WINDOWED, functions, strict=True))
+
+
+def _constants(launch: Launch, chip: Chip) -> dict[str, Any]:
+    q_tile, kv_tile = launch.tiles
+    constants: dict[str, Any] = {
+        "WINDOWED": True,
+        "BALL": launch.window == "circle",
+        "CAUSAL": (False, False, False),
+        "AXES": 2 if launch.window == "circle" else 3,
+        "HAS_BIAS": False,
+        "HAS_EXTRA": True,
+        "HAS_EXTRA_BIAS": False,
+        "COUNT": False,
+        "ALIGNED": False,
+        "Q_TILE": q_tile,
+        "KV_TILE": kv_tile,
+        "D": launch.head_dim,
+        "DV": launch.head_dim,
+        "BLOCK_D": launch.head_dim,
+        "BLOCK_DV": launch.head_dim,
+        "PRECISION": "tf32x3" if launch.dtype == "fp32" and chip.backend == "cuda" else "ieee",
+    }
+    return {name: value for name, value in constants.items() if name in _functions()[launch.kernel].arg_names}
+
+
+def _type(name: str, dtype: str, constants: dict[str, Any]) -> Any:
+    """Triton's type of an argument, by the kernels' naming."""
+    if name in constants:
+        return "constexpr"
+    if name.endswith("_ptr"):
+        return {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "counter_ptr": "*i32"}.get(name, f"*{dtype}")
+    if name.endswith("_strides") or name in ("grid", "window", "stride", "dilation"):
+        return ("i32", "i32", "i32")
+    return "fp32" if name == "scale" else "i32"
+
+
+def _aligned(names: Sequence[str], signature: dict[str, Any]) -> dict[tuple[int, ...], Any]:
+    """Pointers and strides are multiples of 16, as those of any tensor with a usual head dim."""
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(names):
+        if name.endswith("_ptr"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_strides") and not name.startswith("lse"):
+            attributes |= {(index, part): [["tt.divisibility", 16]] for part in range(len(signature[name]))}
+    return attributes
+
+
+def compile_all(chosen: Iterable[Launch], processes: int | None = None) -> Iterator[Report]:
+    """Compile launches in several processes; reports come in order."""
+    workers = processes or os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_launch, list(chosen))
+
+
+_HEAD = (
+    "chip", "kernel", "window", "dtype", "D", "tile", "warps", "stages", "regs", "spills", "shared", "tensor", "loops",
+    "occup.", "FLOP/B", "predicted", "gate",
+)  # fmt: skip
+_WIDTHS = (-7, -22, -7, -5, 4, 9, 5, 6, 5, 6, 7, 6, 14, 6, 6, -17, 0)
+
+
+def _line(*cells: Any) -> str:
+    return " ".join(
+        f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}" if width else str(cell)
+        for cell, width in zip(map(str, cells), _WIDTHS, strict=True)
+    )
+
+
+def table(reports: Sequence[Report]) -> str:
+    """One line per launch."""
+    lines = [_line(*_HEAD)]
+    for report in reports:
+        launch, config, binary = report.launch, report.launch.config, report.binary
+        loops = "/".join(str(loop.instructions) for loop in binary.attention_loops)
+        bound = f"{report.bound} {report.peak:.0%}" if report.bound else ""
+        tile, gate = f"{config.q_tokens}x{config.kv_tokens}", "; ".join(report.faults) or "ok"
+        shape = (launch.chip, launch.kernel, launch.window, launch.dtype, launch.head_dim, tile)
+        needs = (config.warps, config.stages, binary.registers, binary.spills, report.shared, binary.tensor, loops)
+        lines.append(_line(*shape, *needs, f"{report.occupancy:.0%}", f"{report.intensity:.0f}", bound, gate))
+    models = ", ".join(f"{chip.name} {chip.model}" for chip in CHIPS.values() if chip.model)
+    lines.append(
+        "occup. and predicted are computed, not measured: resident warps, and the share of the datasheet's tensor-core "
+        f"rate if every tile came from main memory ({models})"
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 1 if a launch does not pass."""
+    parser = argparse.ArgumentParser(prog="python -m vision_attn.kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS), help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=WINDOWED, default=list(WINDOWED), help="default: all")
+    parser.add_argument("--processes", type=int, help="compilers at a time; default: one per core")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET must not be set: interpreted kernels are not compiled")
+    chosen = list(launches(options.chips, options.kernels))
+    reports = []
+    for report in compile_all(chosen, options.processes):
+        reports.append(report)
+        print(f"\r{len(reports)} of {len(chosen)} compiled", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(json.dumps([report.to_dict() for report in reports], indent=2) if options.json else table(reports))
+    return int(any(report.faults for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

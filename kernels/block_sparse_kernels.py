@@ -1,0 +1,152 @@
+"""Triton kernels of block-index sparse attention: forward, dQ, and dK with dV, the last over inverted lists.
+
+A list names blocks of `block_k` keys for a block of `block_q` queries; a program takes `BLOCK_Q` (for dK and dV
+`BLOCK_K`) rows of one block and steps through `BLOCK_K` (`BLOCK_Q`) rows of the listed ones at a time. Entries that
+list nothing are sorted behind the first `count` of a list: none of them is visited.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .softmax import LN2, LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step
+from .token_rows import load_rows, store_rows
+
+
+@triton.jit
+def _rows_of_block(block, part, block_size, rows, BLOCK: tl.constexpr):
+    """Rows of the `part`-th piece of a block, which of them exist, and whether all do."""
+    first = block * block_size + part * BLOCK
+    stop = min((block + 1) * block_size, rows)
+    row = first + tl.arange(0, BLOCK)
+    return row.to(tl.int64), row < stop, first + BLOCK <= stop
+
+
+@triton.jit
+def _block_sparse_forward_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, count_ptr, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, index_strides,  # batch, token (or block row), head
+    heads, heads_per_kv, scale, queries, keys, q_blocks, block_q, block_k,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_parts, k_parts = tl.cdiv(block_q, BLOCK_Q), tl.cdiv(block_k, BLOCK_K)
+    program = tl.program_id(0)
+    tiles = q_blocks * q_parts
+    batch, head = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
+    block, part = program % tiles // q_parts, program % q_parts
+    q_ptr += batch * q_strides[0] + head * q_strides[2]
+    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
+    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
+    out_ptr += batch * out_strides[0] + head * out_strides[2]
+    lse_ptr += batch * lse_strides[0] + head * lse_strides[2]
+    list_row = batch * index_strides[0] + block * index_strides[1] + head * index_strides[2]
+    count = tl.load(count_ptr + list_row)
+    index_ptr += list_row * index_strides[3]
+
+    q_row, q_valid, _ = _rows_of_block(block, part, block_q, queries, BLOCK_Q)
+    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
+    m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    l_i = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    for step in range(count * k_parts):
+        k_block = tl.load(index_ptr + step // k_parts)
+        k_row, k_valid, whole = _rows_of_block(k_block, step % k_parts, block_k, keys, BLOCK_K)
+        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_Q, BLOCK_K]
+        if not whole:
+            logits = tl.where(k_valid[None, :], logits, float("-inf"))
+        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
+
+    empty = l_i == 0.0
+    l_safe = tl.where(empty, 1.0, l_i)
+    store_rows(out_ptr, q_row * out_strides[1], q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
+    tl.store(lse_ptr + q_row * lse_strides[1], lse, mask=q_valid)
+
+
+@triton.jit
+def _block_sparse_backward_dq_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, count_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr,
+    q_strides, k_strides, v_strides, grad_out_strides, lse_strides, grad_q_strides, index_strides,
+    heads, heads_per_kv, scale, queries, keys, q_blocks, block_q, block_k,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_parts, k_parts = tl.cdiv(block_q, BLOCK_Q), tl.cdiv(block_k, BLOCK_K)
+    program = tl.program_id(0)
+    tiles = q_blocks * q_parts
+    batch, head = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
+    block, part = program % tiles // q_parts, program % q_parts
+    q_ptr += batch * q_strides[0] + head * q_strides[2]
+    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
+    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
+    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
+    grad_q_ptr += batch * grad_q_strides[0] + head * grad_q_strides[2]
+    statistics = batch * lse_strides[0] + head * lse_strides[2]
+    list_row = batch * index_strides[0] + block * index_strides[1] + head * index_strides[2]
+    count = tl.load(count_ptr + list_row)
+    index_ptr += list_row * index_strides[3]
+
+    q_row, q_valid, _ = _rows_of_block(block, part, block_q, queries, BLOCK_Q)
+    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)
+    grad_out = load_rows(grad_out_ptr, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
+    lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+    grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for step in range(count * k_parts):
+        k_block = tl.load(index_ptr + step // k_parts)
+        k_row, k_valid, whole = _rows_of_block(k_block, step % k_parts, block_k, keys, BLOCK_K)
+        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
+        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if not whole:
+            logits = tl.where(k_valid[None, :], logits, float("-inf"))
+        grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+    store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
+
+
+@triton.jit
+def _block_sparse_backward_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, order_ptr, begin_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
+    q_strides, k_strides, v_strides, grad_out_strides, lse_strides, grad_k_strides, grad_v_strides,
+    order_strides, begin_strides,  # batch, head
+    kv_heads, heads_per_kv, scale, queries, keys, k_blocks, block_q, block_k, listed,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_parts, k_parts = tl.cdiv(block_q, BLOCK_Q), tl.cdiv(block_k, BLOCK_K)
+    program = tl.program_id(0)
+    tiles = k_blocks * k_parts
+    batch, kv_head = (program // tiles // kv_heads).to(tl.int64), (program // tiles % kv_heads).to(tl.int64)
+    block, part = program % tiles // k_parts, program % k_parts
+    k_ptr += batch * k_strides[0] + kv_head * k_strides[2]
+    v_ptr += batch * v_strides[0] + kv_head * v_strides[2]
+    grad_k_ptr += batch * grad_k_strides[0] + kv_head * grad_k_strides[2]
+    grad_v_ptr += batch * grad_v_strides[0] + kv_head * grad_v_strides[2]
+
+    k_row, k_valid, _ = _rows_of_block(block, part, block_k, keys, BLOCK_K)
+    k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)  # [BLOCK_K, D]
+    v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
+    grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
+    for member in range(heads_per_kv):
+        head = kv_head * heads_per_kv + member
+        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
+        grad_out_base = grad_out_ptr + batch * grad_out_strides[0] + head * grad_out_strides[2]
+        statistics = batch * lse_strides[0] + head * lse_strides[2]
+        order = order_ptr + batch * order_strides[0] + head * order_strides[1]
+        begins = begin_ptr + batch * begin_strides[0] + head * begin_strides[1] + block
+        begin, end = tl.load(begins), tl.load(begins + 1)
+        for step in range((end - begin) * q_parts):
+            # Pairs of query block and list entry, sorted by the key block that the entry names.
+            q_block = tl.load(order + begin + step // q_parts) // listed
+            q_row, q_valid, _ = _rows_of_block(q_block, step % q_parts, block_q, queries, BLOCK_Q)
+            q = load_rows(q_base, q_row * q_strides[1], q_valid, D, BLOCK_D)
+            grad_out = load_rows(grad_out_base, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
+            lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
+            grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+    store_rows(grad_k_ptr, k_row * grad_k_strides[1], k_valid, grad_k * scale, D, BLOCK_D)
+    store_rows(grad_v_ptr, k_row * grad_v_strides[1], k_valid, grad_v, DV, BLOCK_DV)

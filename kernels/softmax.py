@@ -1,0 +1,74 @@
+"""Triton pieces of every attention kernel: a softmax in base 2, one tile of logits at a time, and its gradients.
+
+`delta` is `rowsum(dO * O) - dLSE` (arXiv 2307.08691, with the gradient of the log-sum-exp).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .token_rows import load_rows
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: exp2(-inf - LOWEST) is 0, exp2(-inf + inf) would be NaN
+
+
+@triton.jit
+def softmax_step(acc, l_i, m_i, logits, v, PRECISION: tl.constexpr):
+    """One step of the online softmax with logits `[queries, keys]` in units of log 2 (arXiv 2205.14135)."""
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    weights = tl.exp2(logits - m_new[:, None])
+    rescale = tl.exp2(m_i - m_new)
+    l_i = l_i * rescale + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, l_i, m_new
+
+
+@triton.jit
+def load_statistics(lse_ptr, delta_ptr, offsets, valid):
+    """Log-sum-exp in units of log 2, `+inf` where a query has no keys or does not exist (no weight then), and delta."""
+    lse = tl.load(lse_ptr + offsets, mask=valid, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + offsets, mask=valid, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse), delta
+
+
+@triton.jit
+def grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION: tl.constexpr):
+    """Adds the part of some keys to dQ; logits `[queries, keys]` in units of log 2."""
+    weights = tl.exp2(logits - lse[:, None])
+    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    grad_logits = weights * (grad_weights - delta[:, None])
+    return tl.dot(grad_logits.to(k.dtype), k, grad_q, input_precision=PRECISION)
+
+
+@triton.jit
+def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION: tl.constexpr):
+    """Adds the part of some queries to dK and dV; logits `[keys, queries]` in units of log 2."""
+    weights = tl.exp2(logits - lse[None, :])
+    grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+    grad_logits = weights * (grad_weights - delta[None, :])
+    return tl.dot(grad_logits.to(q.dtype), q, grad_k, input_precision=PRECISION), grad_v
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, out_strides, grad_out_strides, grad_lse_strides, delta_strides,
+    heads, tokens, BLOCK: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """`rowsum(dO * O) - dLSE`, float32 `[B, S, H]`."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    program = tl.program_id(0)
+    batch, head = (program // blocks // heads).to(tl.int64), (program // blocks % heads).to(tl.int64)
+    row = (program % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    valid = row < tokens
+    out_ptr += batch * out_strides[0] + head * out_strides[2]
+    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
+    grad_lse_ptr += batch * grad_lse_strides[0] + head * grad_lse_strides[2]
+    delta_ptr += batch * delta_strides[0] + head * delta_strides[2]
+    out = load_rows(out_ptr, row * out_strides[1], valid, DV, BLOCK_DV).to(tl.float32)
+    grad_out = load_rows(grad_out_ptr, row * grad_out_strides[1], valid, DV, BLOCK_DV).to(tl.float32)
+    grad_lse = tl.load(grad_lse_ptr + row * grad_lse_strides[1], mask=valid, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + row * delta_strides[1], tl.sum(out * grad_out, 1) - grad_lse, mask=valid)

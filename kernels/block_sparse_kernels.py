@@ -103,7 +103,7 @@ def _block_sparse_backward_dq_kernel(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if not whole:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
     store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
 
 

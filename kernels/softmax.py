@@ -36,11 +36,11 @@ def load_statistics(lse_ptr, delta_ptr, offsets, valid):
 
 @triton.jit
 def grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION: tl.constexpr):
-    """Adds the part of some keys to dQ; logits `[queries, keys]` in units of log 2."""
+    """Adds the part of some keys to dQ; logits `[queries, keys]` in units of log 2. Also the logits' gradient."""
     weights = tl.exp2(logits - lse[:, None])
     grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
     grad_logits = weights * (grad_weights - delta[:, None])
-    return tl.dot(grad_logits.to(k.dtype), k, grad_q, input_precision=PRECISION)
+    return tl.dot(grad_logits.to(k.dtype), k, grad_q, input_precision=PRECISION), grad_logits
 
 
 @triton.jit

@@ -97,7 +97,7 @@ def _windowed_backward_dq_kernel(
                 if not is_interior(start, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE):
                     pairs = visible_pairs(intervals, walked, length, window, limit, BALL, AXES)
                     logits = tl.where(pairs, logits, float("-inf"))
-                grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+                grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
                 y, x, x_left = next_box(
                     y, x, x_left, budget, first, last, length, window, stride, BALL, CAUSAL, False, KV_TILE, ALIGNED
                 )
@@ -115,7 +115,7 @@ def _windowed_backward_dq_kernel(
             logits += bias.to(tl.float32)[None, :] * LOG2E
         if begin + BLOCK_K > row_count:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
 
     if HAS_EXTRA:
         extra_k_ptr += batch * extra_k_strides[0] + kv_head * extra_k_strides[2]
@@ -131,7 +131,7 @@ def _windowed_backward_dq_kernel(
                 logits += bias.to(tl.float32)[None, :] * LOG2E
             if begin + BLOCK_K > extra_count:
                 logits = tl.where(k_valid[None, :], logits, float("-inf"))
-            grad_q = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+            grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
 
     store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
 

@@ -16,7 +16,15 @@ SAMPLES = {
 }
 OPERATORS = [op for ops in SAMPLES.values() for op in ops]
 LAYOUT = va.TokenLayout((7, 11), text_before=4, text_after=3)
-FUNCTIONS = [va.na1d, va.na2d, va.na3d, va.clear_attention, va.merge_attention, va.block_sparse_attention]
+FUNCTIONS = [
+    va.na1d,
+    va.na2d,
+    va.na3d,
+    va.clear_attention,
+    va.merge_attention,
+    va.block_sparse_attention,
+    va.agent_attention,
+]
 
 
 def qkv(dtype, batch=2, heads=3, width=6):

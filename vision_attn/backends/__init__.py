@@ -5,12 +5,13 @@ the log-sum-exp, so that everything else is an exact merge.
 """
 
 from vision_attn.backends.choose import BACKENDS, Backends, backends, resolve
-from vision_attn.backends.serve import block_sparse, full, merge, windowed
+from vision_attn.backends.serve import agent, block_sparse, full, merge, windowed
 from vision_attn.backends.triton import triton_windowed
 
 __all__ = [
     "BACKENDS",
     "Backends",
+    "agent",
     "backends",
     "block_sparse",
     "full",

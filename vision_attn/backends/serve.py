@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils._pytree import tree_leaves
 
+from vision_attn.backends.agent import dense_agent, tiled_agent
 from vision_attn.backends.attend import accumulator, attend, finite, logsumexp
 from vision_attn.backends.blocks import block_sparse as tiled_block_sparse
 from vision_attn.backends.blocks import dense_block_sparse
@@ -16,7 +17,7 @@ from vision_attn.backends.dense import dense_attention, dense_windowed
 from vision_attn.backends.flex import flex_windowed
 from vision_attn.backends.natten import natten_windowed
 from vision_attn.backends.tiled import window_attention
-from vision_attn.backends.triton import triton_block_sparse, triton_windowed
+from vision_attn.backends.triton import triton_agent, triton_block_sparse, triton_windowed
 from vision_attn.kernels.reach import Ball, Reach
 
 
@@ -115,6 +116,31 @@ def block_sparse(
     if backend == "triton":
         return triton_block_sparse(query, key, value, block_index, blocks, scale)
     raise NotImplementedError(f"backend={backend!r} takes no lists of blocks: use backend='tiled'")
+
+
+def agent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    agent_bias: Tensor | None,
+    query_bias: Tensor | None,
+    scale: float,
+    query_scale: float,
+    *,
+    backend: str = "tiled",
+) -> Tensor:
+    """Agent attention; arguments as `vision_attn.backends.agent.dense_agent`.
+
+    Raises:
+        NotImplementedError: the backend has no such feature.
+    """
+    calls = {"dense": dense_agent, "tiled": tiled_agent, "triton": triton_agent}
+    if backend not in calls:
+        raise NotImplementedError(f"backend={backend!r} has no agent attention: use backend='tiled'")
+    if backend == "triton":
+        _refuse_forward_mode(backend, query, key, value, agents)
+    return calls[backend](query, key, value, agents, agent_bias, query_bias, scale, query_scale)
 
 
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,29 @@ def triton_block_sparse(
     return block_sparse(query, key, value, block_index, *blocks, scale)
 
 
+def triton_agent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    agent_bias: Tensor | None,
+    query_bias: Tensor | None,
+    scale: float,
+    query_scale: float,
+) -> Tensor:
+    """Agent attention; arguments as `vision_attn.backends.agent.dense_agent`.
+
+    Raises:
+        NotImplementedError: a dtype, head dim or device that the kernels do not take.
+    """
+    reason = why_not_served(query, value)
+    if reason is not None:
+        raise NotImplementedError(f"backend='triton' {reason}: use backend='tiled'")
+    from vision_attn.kernels.biased import agent
+
+    return agent(query, key, value, agents, agent_bias, query_bias, scale, query_scale)
+
+
 def _arguments(reach: Reach) -> tuple[list[int], list[int], list[int], list[int], list[bool], int]:
     *window, limit = to_arguments(reach)
     if isinstance(reach, Ball):  # all is seen beyond the corner, and what is larger may not fit 32 bits

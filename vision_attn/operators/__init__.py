@@ -1,5 +1,6 @@
 """Attention operators: functions on tensors, and the same as objects configured once."""
 
+from vision_attn.operators.agent import agent_attention
 from vision_attn.operators.block_sparse import block_sparse_attention
 from vision_attn.operators.clear import Clear, clear_attention, proportional_scale
 from vision_attn.operators.cost import Cost
@@ -13,6 +14,7 @@ __all__ = [
     "Cost",
     "Dense",
     "Neighborhood",
+    "agent_attention",
     "block_sparse_attention",
     "clear_attention",
     "merge_attention",

@@ -159,7 +159,7 @@ def checked_mask(where: str, attn_mask: Any, query: Tensor) -> Tensor:
     return mask.to(query.dtype)
 
 
-def resolve_scale(where: str, scale: Any, head_dim: int) -> float:
+def resolve_scale(where: str, scale: Any, head_dim: int, name: str = "scale") -> float:
     """The factor on the logits: `head_dim ** -0.5` for None (and only for None: 0 is a legal scale).
 
     Raises:
@@ -169,9 +169,9 @@ def resolve_scale(where: str, scale: Any, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{where}: scale must be a number or None, got {scale!r}")
+        raise TypeError(f"{where}: {name} must be a number or None, got {scale!r}")
     if not -math.inf < scale < math.inf:  # math.isfinite would end a compiled graph at a symbolic float
-        raise ValueError(f"{where}: scale must be finite, got {scale!r}")
+        raise ValueError(f"{where}: {name} must be finite, got {scale!r}")
     return float(scale)
 
 

@@ -1,0 +1,162 @@
+"""Triton kernels of dense attention with a bias per query and key: forward, dQ with the bias' gradient, dK with dV.
+
+Made for agent attention, where one side of a softmax is a few dozen tokens: `splits` programs share the other side,
+each writes a part of its own, and the parts are merged in a fixed order afterwards.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .softmax import LN2, LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step
+from .token_rows import load_rows, store_rows
+
+
+@triton.jit
+def _place(program, tiles, splits, heads):
+    """Batch item, head, split and tile of a program."""
+    batch, head = program // (tiles * splits * heads), program // (tiles * splits) % heads
+    return batch.to(tl.int64), head.to(tl.int64), (program // tiles % splits).to(tl.int64), program % tiles
+
+
+@triton.jit
+def _share(split, splits, tokens, BLOCK: tl.constexpr):
+    """Range of tokens of one split: whole tiles, as many for each."""
+    share = tl.cdiv(tl.cdiv(tokens, BLOCK), splits) * BLOCK
+    begin = split.to(tl.int32) * share
+    return begin, min(begin + share, tokens)
+
+
+@triton.jit
+def _load_bias(base, rows, columns, row_valid, column_valid, row_stride, column_stride):
+    """Bias of the rows' and columns' tokens in units of log 2; `-inf` hides a pair."""
+    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+    bias = tl.load(base + offsets, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
+    return bias.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def _biased_forward_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides,
+    heads, heads_per_kv, scale, queries, keys, splits,
+    HAS_BIAS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, head, split, tile = _place(tl.program_id(0), tl.cdiv(queries, BLOCK_Q), splits, heads)
+    q_ptr += batch * q_strides[0] + head * q_strides[2]
+    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
+    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
+    bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+    out_ptr += batch * out_strides[0] + head * out_strides[2] + split * out_strides[3]
+    lse_ptr += batch * lse_strides[0] + head * lse_strides[2] + split * lse_strides[3]
+
+    q_row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    q_valid = q_row < queries
+    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
+    m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    l_i = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    begin, end = _share(split, splits, keys, BLOCK_K)
+    for start in range(begin, end, BLOCK_K):
+        k_row = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        k_valid = k_row < keys
+        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_Q, BLOCK_K]
+        if HAS_BIAS:
+            logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
+        if start + BLOCK_K > keys:
+            logits = tl.where(k_valid[None, :], logits, float("-inf"))
+        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
+
+    empty = l_i == 0.0
+    l_safe = tl.where(empty, 1.0, l_i)
+    store_rows(out_ptr, q_row * out_strides[1], q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
+    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
+    tl.store(lse_ptr + q_row * lse_strides[1], lse, mask=q_valid)
+
+
+@triton.jit
+def _biased_backward_dq_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr, grad_bias_ptr,
+    q_strides, k_strides, v_strides, bias_strides, grad_out_strides, lse_strides, grad_q_strides, grad_bias_strides,
+    heads, heads_per_kv, scale, queries, keys, splits,
+    HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, head, split, tile = _place(tl.program_id(0), tl.cdiv(queries, BLOCK_Q), splits, heads)
+    q_ptr += batch * q_strides[0] + head * q_strides[2]
+    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
+    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
+    bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
+    grad_q_ptr += batch * grad_q_strides[0] + head * grad_q_strides[2] + split * grad_q_strides[3]
+    grad_bias_ptr += batch * grad_bias_strides[0] + head * grad_bias_strides[1]
+    statistics = batch * lse_strides[0] + head * lse_strides[2]
+
+    q_row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    q_valid = q_row < queries
+    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)
+    grad_out = load_rows(grad_out_ptr, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
+    lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+    grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    begin, end = _share(split, splits, keys, BLOCK_K)
+    for start in range(begin, end, BLOCK_K):
+        k_row = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        k_valid = k_row < keys
+        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
+        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if HAS_BIAS:
+            logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
+        if start + BLOCK_K > keys:
+            logits = tl.where(k_valid[None, :], logits, float("-inf"))
+        grad_q, grad_logits = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        if BIAS_GRAD:
+            offsets = q_row[:, None] * grad_bias_strides[2] + k_row[None, :] * grad_bias_strides[3]
+            grad_bias = grad_logits.to(grad_bias_ptr.dtype.element_ty)
+            tl.store(grad_bias_ptr + offsets, grad_bias, mask=q_valid[:, None] & k_valid[None, :])
+    store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
+
+
+@triton.jit
+def _biased_backward_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
+    q_strides, k_strides, v_strides, bias_strides, grad_out_strides, lse_strides, grad_k_strides, grad_v_strides,
+    kv_heads, heads_per_kv, scale, queries, keys, splits,
+    HAS_BIAS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, kv_head, split, tile = _place(tl.program_id(0), tl.cdiv(keys, BLOCK_K), splits, kv_heads)
+    k_ptr += batch * k_strides[0] + kv_head * k_strides[2]
+    v_ptr += batch * v_strides[0] + kv_head * v_strides[2]
+    grad_k_ptr += batch * grad_k_strides[0] + kv_head * grad_k_strides[2] + split * grad_k_strides[3]
+    grad_v_ptr += batch * grad_v_strides[0] + kv_head * grad_v_strides[2] + split * grad_v_strides[3]
+
+    k_row = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    k_valid = k_row < keys
+    k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)  # [BLOCK_K, D]
+    v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
+    grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
+    begin, end = _share(split, splits, queries, BLOCK_Q)
+    for member in range(heads_per_kv):
+        head = kv_head * heads_per_kv + member
+        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
+        bias_base = bias_ptr + batch * bias_strides[0] + head * bias_strides[1]
+        grad_out_base = grad_out_ptr + batch * grad_out_strides[0] + head * grad_out_strides[2]
+        statistics = batch * lse_strides[0] + head * lse_strides[2]
+        for start in range(begin, end, BLOCK_Q):
+            q_row = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
+            q_valid = q_row < queries
+            q = load_rows(q_base, q_row * q_strides[1], q_valid, D, BLOCK_D)
+            grad_out = load_rows(grad_out_base, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
+            lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
+            if HAS_BIAS:
+                logits += _load_bias(bias_base, k_row, q_row, k_valid, q_valid, bias_strides[3], bias_strides[2])
+            grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+    store_rows(grad_k_ptr, k_row * grad_k_strides[1], k_valid, grad_k * scale, D, BLOCK_D)
+    store_rows(grad_v_ptr, k_row * grad_v_strides[1], k_valid, grad_v, DV, BLOCK_DV)

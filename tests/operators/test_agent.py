@@ -1,0 +1,143 @@
+"""Agent attention on every backend against its formula, head by head in float64."""
+
+import pytest
+import torch
+
+import vision_attn as va
+from vision_attn.kernels.biased import Call, backward, forward
+from vision_attn.kernels.launch import LaunchConfig
+
+BACKENDS = ["dense", "tiled", "triton"]
+
+
+def inputs(batch=2, queries=9, keys=13, agents=5, heads=4, heads_kv=2, width=6, width_v=7):
+    shapes = ((queries, heads, width), (keys, heads_kv, width), (keys, heads_kv, width_v), (agents, heads, width))
+    return [torch.randn(batch, *shape) for shape in shapes]
+
+
+def truth(q, k, v, a, scale, query_scale, agent_bias, query_bias):
+    outputs = []
+    for head in range(q.shape[2]):
+        source = head // (q.shape[2] // k.shape[2])
+        collect = torch.einsum("bnd,bsd->bns", a[:, :, head], k[:, :, source]) * scale
+        read = torch.einsum("bqd,bnd->bqn", q[:, :, head], a[:, :, head]) * query_scale
+        if agent_bias is not None:
+            collect = collect + agent_bias.expand(*q.shape[:3:2], *collect.shape[1:])[:, head]
+        if query_bias is not None:
+            read = read + query_bias.expand(*q.shape[:3:2], *read.shape[1:])[:, head]
+        outputs.append(read.softmax(-1) @ (collect.softmax(-1) @ v[:, :, source]))
+    return torch.stack(outputs, 2)
+
+
+# Agents' bias and queries' bias, each with the axes it shares left out or of length 1.
+BIASES = {
+    "none": (None, None),
+    "per head": ((4, 5, 13), (1, 4, 9, 5)),
+    "full": ((2, 4, 5, 13), (2, 4, 9, 5)),
+    "per key": ((13,), (9, 1)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("biases", BIASES)
+@pytest.mark.parametrize(("scale", "query_scale"), [(None, None), (0.7, None), (0.0, -0.4)])
+def test_formula_forward_and_backward(backend, biases, scale, query_scale):
+    tensors = [*inputs(), *(None if shape is None else torch.randn(shape) for shape in BIASES[biases])]
+    ours = [x if x is None else x.clone().requires_grad_() for x in tensors]
+    wide = [x if x is None else x.double().requires_grad_() for x in tensors]
+    factor = 6**-0.5 if scale is None else scale
+    expected = truth(*wide[:4], factor, factor if query_scale is None else query_scale, *wide[4:])
+    output = va.agent_attention(
+        *ours[:4], scale=scale, query_scale=query_scale, agent_bias=ours[4], query_bias=ours[5], backend=backend
+    )
+    weight = torch.randn(output.shape)
+    grads = torch.autograd.grad((output * weight).sum(), [x for x in ours if x is not None])
+    truths = torch.autograd.grad((expected * weight).sum(), [x for x in wide if x is not None])
+    for a, b in zip((output, *grads), (expected, *truths), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
+
+
+HALF = [(backend, torch.float16) for backend in BACKENDS] + [("dense", torch.bfloat16), ("tiled", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), HALF)  # Triton's interpreter has no bfloat16
+def test_half_precision(backend, dtype):
+    tensors = [x.to(dtype) for x in inputs(width=16, width_v=16)]
+    bias = torch.randn(5, 13, dtype=dtype)
+    expected = truth(*(x.double() for x in tensors), 0.25, 0.25, bias.double(), None)
+    output = va.agent_attention(*tensors, agent_bias=bias, backend=backend)
+    assert output.dtype == dtype
+    assert (output.double() - expected).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+def test_gradcheck():
+    tensors = [x.double().requires_grad_() for x in inputs(1, 3, 4, 2, 2, 1, 3, 3)]
+    biases = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2, 4), (3, 2))]
+
+    def call(q, k, v, a, agent_bias, query_bias):
+        return va.agent_attention(q, k, v, a, agent_bias=agent_bias, query_bias=query_bias)
+
+    assert torch.autograd.gradcheck(call, (*tensors, *biases))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_parts_of_a_split_loop_make_the_whole(splits):
+    """More parts than tiles, too: the last ones have nothing to do."""
+    q, k, v, _ = inputs(1, 21, 37, 1, 2, 1, 8, 8)
+    bias = torch.randn(2, 21, 37)
+    bias[0, 3] = float("-inf")
+    config, call = LaunchConfig(16, 16, 4, 1), Call(q, k, v, bias, 0.5)
+    whole = forward(call, config, 1)
+    parts = forward(call, config, splits)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b)
+    assert (parts[0][0, 3, 0] == 0).all()
+    weights = torch.randn_like(whole[0]), torch.randn_like(whole[1])
+    grads = [backward(call, *whole, *weights, True, (config, config), (n, n)) for n in (1, splits)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(grad.isfinite().all() for grad in grads[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("learned", [False, True])
+def test_opcheck_and_full_graph_of_the_kernels(learned):
+    from vision_attn.kernels.biased import biased
+
+    q, k, v, a = (x.requires_grad_() for x in inputs(1, 4, 5, 3, 2, 1, 4, 4))
+    bias = torch.randn(2, 1, 5, requires_grad=learned)
+    torch.library.opcheck(biased, (q, k, v, bias, 0.5))
+    torch._dynamo.reset()
+
+    def call(q, k, v, a):
+        return va.agent_attention(q, k, v, a, agent_bias=bias, backend="triton")
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(q, k, v, a).square().sum(), (q, k, v, a)) for f in (compiled, call)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+X, A = torch.randn(2, 6, 4, 8), torch.randn(2, 3, 4, 8)
+WRONG = [
+    ({"key": X[..., :6]}, ValueError, "key must have the query's head dim 8, got 6"),
+    ({"key": X[:, :0], "value": X[:, :0]}, ValueError, r"key must have at least 1 token, got shape \[2, 0, 4, 8\]"),
+    ({"agents": None}, TypeError, "agents must be a tensor, got NoneType"),
+    ({"agents": A[:1]}, ValueError, r"agents must have shape \[2, n, 4, 8\] .* got \[1, 3, 4, 8\]"),
+    ({"agents": A[:, :0]}, ValueError, r"n of at least 1, got \[2, 0, 4, 8\]"),
+    ({"agents": A.double()}, ValueError, "agents must be torch.float32 on cpu .* got torch.float64"),
+    ({"agent_bias": 0.5}, TypeError, "agent_bias must be a tensor or None, got 0.5"),
+    ({"agent_bias": A[0, :, 0, :6].long()}, TypeError, "agent_bias must be floating point .* got torch.int64"),
+    ({"agent_bias": A[0, :, 0]}, ValueError, r"agent_bias must broadcast to \[2, 4, 3, 6\], got shape \[3, 8\]"),
+    ({"query_bias": A[0, :, 0]}, ValueError, r"query_bias must broadcast to \[2, 4, 6, 3\], got shape \[3, 8\]"),
+    ({"scale": "1"}, TypeError, "agent_attention: scale must be a number or None, got '1'"),
+    ({"query_scale": float("nan")}, ValueError, "query_scale must be finite, got nan"),
+    ({"backend": "natten"}, ImportError, "backend='natten' cannot be used here"),
+    ({"backend": "flex"}, NotImplementedError, "backend='flex' has no agent attention: use backend='tiled'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_input_is_named(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        va.agent_attention(**{"query": X, "key": X, "value": X, "agents": A} | arguments)

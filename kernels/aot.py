@@ -2,8 +2,8 @@
 
     python -m vision_attn.kernels.aot [--chips sm80 sm90 ...] [--json]
 
-Every row of `launch_configs.json` is compiled, for a 3-D box and a 2-D circle with text and extra keys. A launch passes
-if no register is spilled, its shared memory fits the chip, and every loop over keys or queries has tensor-core
+Every row of `launch_configs.json` is compiled, windows for a 3-D box and a 2-D circle with text and extra keys. One
+passes if no register is spilled, its shared memory fits the chip, and every loop over keys or queries has tensor-core
 instructions. Occupancy and roofline are predictions from the binary and from datasheets: nothing is run.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,7 +25,18 @@ from .binary import Binary, read_amdgcn, read_cubin
 from .chips import CHIPS, Chip
 from .launch import LaunchConfig, tables, tile_shape
 
-WINDOWED = ("windowed_forward", "windowed_backward_dq", "windowed_backward_dkv")
+# Module and function of each kernel of the table.
+KERNELS = {
+    "windowed_forward": ("windowed_forward", "_windowed_forward_kernel"),
+    "windowed_backward_dq": ("windowed_backward", "_windowed_backward_dq_kernel"),
+    "windowed_backward_dkv": ("windowed_backward", "_windowed_backward_dkv_kernel"),
+    "block_sparse_forward": ("block_sparse_kernels", "_block_sparse_forward_kernel"),
+    "block_sparse_backward_dq": ("block_sparse_kernels", "_block_sparse_backward_dq_kernel"),
+    "block_sparse_backward_dkv": ("block_sparse_kernels", "_block_sparse_backward_dkv_kernel"),
+    "biased_forward": ("biased_kernels", "_biased_forward_kernel"),
+    "biased_backward_dq": ("biased_kernels", "_biased_backward_dq_kernel"),
+    "biased_backward_dkv": ("biased_kernels", "_biased_backward_dkv_kernel"),
+}
 # A grid that every tile divides, for shapes and rates; the binary does not depend on it.
 _BOX_GRID, _CIRCLE_GRID = (32, 64, 64), (1, 128, 128)
 
@@ -94,13 +106,13 @@ class Report:
         )
 
 
-def launches(chips: Sequence[str], kernels: Sequence[str] = WINDOWED) -> Iterator[Launch]:
+def launches(chips: Sequence[str], kernels: Sequence[str] = tuple(KERNELS)) -> Iterator[Launch]:
     """Every launch of the table for these chips."""
     for chip in chips:
         for kernel in kernels:
             for row in tables()[-1][kernel].get(chip, []) or tables()[-1][kernel]["default"]:
                 config = LaunchConfig(row["q_tokens"], row["kv_tokens"], row["warps"], row["stages"])
-                for window in ("box", "circle"):
+                for window in ("box", "circle") if kernel.startswith("windowed") else ("",):
                     yield Launch(chip, kernel, window, "fp32" if row["bits"] == 32 else "bf16", row["head_dim"], config)
 
 
@@ -114,12 +126,12 @@ def compile_launch(launch: Launch) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = _functions()[launch.kernel]
+    kernel = _function(launch.kernel)
     if not hasattr(kernel, "arg_names") or triton.knobs.runtime.interpret:
         raise RuntimeError("aot: TRITON_INTERPRET must not be set: interpreted kernels are not compiled")
     chip = CHIPS[launch.chip]
     constants = _constants(launch, chip)
-    signature = {name: _type(name, launch.dtype, constants) for name in kernel.arg_names}
+    signature = {name: _type(name, launch, constants) for name in kernel.arg_names}
     compiled = triton.compile(
         ASTSource(kernel, signature=signature, constexprs=constants, attrs=_aligned(kernel.arg_names, signature)),
         target=GPUTarget(chip.backend, chip.arch, chip.warp_size),
@@ -167,9 +179,9 @@ def _roofline(launch: Launch, chip: Chip) -> tuple[float, str, float]:
     """FLOPs per byte of one step of the inner loop, what limits it, and the share of the peak that is left."""
     config, width = launch.config, launch.head_dim
     size = 4 if launch.dtype == "fp32" else 2
-    products = {"windowed_forward": 2, "windowed_backward_dq": 3, "windowed_backward_dkv": 4}[launch.kernel]
+    products = {"forward": 2, "dq": 3, "dkv": 4}[launch.kernel.rsplit("_", 1)[1]]
     flops = 2 * products * config.q_tokens * config.kv_tokens * width
-    walked = config.q_tokens if launch.kernel == "windowed_backward_dkv" else config.kv_tokens
+    walked = config.q_tokens if launch.kernel.endswith("dkv") else config.kv_tokens
     intensity = flops / (2 * walked * width * size)
     if not chip.tensor_flops or launch.dtype == "fp32":
         return intensity, "", 0.0
@@ -177,12 +189,9 @@ def _roofline(launch: Launch, chip: Chip) -> tuple[float, str, float]:
     return intensity, "tensor cores" if peak == 1.0 else "memory", peak
 
 
-def _functions() -> dict[str, Any]:
-    from .windowed_backward import _windowed_backward_dkv_kernel, _windowed_backward_dq_kernel
-    from .windowed_forward import _windowed_forward_kernel
-
-    functions = _windowed_forward_kernel, _windowed_backward_dq_kernel, _windowed_backward_dkv_kernel
-    return dict(zip(WINDOWED, functions, strict=True))
+def _function(kernel: str) -> Any:
+    module, name = KERNELS[kernel]
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
 def _constants(launch: Launch, chip: Chip) -> dict[str, Any]:
@@ -192,29 +201,44 @@ def _constants(launch: Launch, chip: Chip) -> dict[str, Any]:
         "BALL": launch.window == "circle",
         "CAUSAL": (False, False, False),
         "AXES": 2 if launch.window == "circle" else 3,
-        "HAS_BIAS": False,
+        "HAS_BIAS": launch.kernel.startswith("biased"),
         "HAS_EXTRA": True,
         "HAS_EXTRA_BIAS": False,
+        "BIAS_GRAD": True,
         "COUNT": False,
         "ALIGNED": False,
         "Q_TILE": q_tile,
         "KV_TILE": kv_tile,
+        "BLOCK_Q": launch.config.q_tokens,
+        "BLOCK_K": launch.config.kv_tokens,
         "D": launch.head_dim,
         "DV": launch.head_dim,
         "BLOCK_D": launch.head_dim,
         "BLOCK_DV": launch.head_dim,
         "PRECISION": "tf32x3" if launch.dtype == "fp32" and chip.backend == "cuda" else "ieee",
     }
-    return {name: value for name, value in constants.items() if name in _functions()[launch.kernel].arg_names}
+    return {name: value for name, value in constants.items() if name in _function(launch.kernel).arg_names}
 
 
-def _type(name: str, dtype: str, constants: dict[str, Any]) -> Any:
+_INTEGERS = ("counter_ptr", "index_ptr", "count_ptr", "order_ptr", "begin_ptr")
+_SINGLE = ("lse_ptr", "delta_ptr", "grad_bias_ptr")
+_STRIDES = {"bias_strides": 4, "grad_bias_strides": 4, "index_strides": 4, "order_strides": 2, "begin_strides": 2}
+
+
+def _type(name: str, launch: Launch, constants: dict[str, Any]) -> Any:
     """Triton's type of an argument, by the kernels' naming."""
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        return {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "counter_ptr": "*i32"}.get(name, f"*{dtype}")
-    if name.endswith("_strides") or name in ("grid", "window", "stride", "dilation"):
+        return "*i32" if name in _INTEGERS else "*fp32" if name in _SINGLE else f"*{launch.dtype}"
+    if name.endswith("_strides"):
+        # What a split loop writes has one stride more.
+        written = name in ("out_strides", "grad_q_strides", "grad_k_strides", "grad_v_strides")
+        split = launch.kernel.startswith("biased") and (
+            written or (name, launch.kernel) == ("lse_strides", "biased_forward")
+        )
+        return ("i32",) * (4 if split else _STRIDES.get(name, 3))
+    if name in ("grid", "window", "stride", "dilation"):
         return ("i32", "i32", "i32")
     return "fp32" if name == "scale" else "i32"
 
@@ -225,7 +249,7 @@ def _aligned(names: Sequence[str], signature: dict[str, Any]) -> dict[tuple[int,
     for index, name in enumerate(names):
         if name.endswith("_ptr"):
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name.endswith("_strides") and not name.startswith("lse"):
+        elif name.endswith("_strides") and name.startswith(("q_", "k_", "v_", "extra_", "out_", "grad_")):
             attributes |= {(index, part): [["tt.divisibility", 16]] for part in range(len(signature[name]))}
     return attributes
 
@@ -274,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 if a launch does not pass."""
     parser = argparse.ArgumentParser(prog="python -m vision_attn.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS), help="default: all")
-    parser.add_argument("--kernels", nargs="+", choices=WINDOWED, default=list(WINDOWED), help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS), help="default: all")
     parser.add_argument("--processes", type=int, help="compilers at a time; default: one per core")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .biased_kernels import _biased_backward_dkv_kernel, _biased_backward_dq_kernel, _biased_forward_kernel
 from .launch import LaunchConfig, architecture_of, choose
-from .tensors import delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
+from .tensors import NAMESPACE, delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
 
 # Programs that a GPU should have per multiprocessor before a loop is not split further.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -49,7 +49,7 @@ def agent(
     return biased(query, agents, collected, query_bias, query_scale)[0]
 
 
-@torch.library.custom_op("vision_attn_kernels::biased", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::biased", mutates_args=())
 def biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of every query over every key with a bias on the logits.
 
@@ -72,7 +72,7 @@ def _(query, key, value, bias, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("vision_attn_kernels::biased_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::biased_backward", mutates_args=())
 def biased_backward(
     grad_output: Tensor,
     grad_lse: Tensor,

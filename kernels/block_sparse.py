@@ -14,10 +14,10 @@ from .block_sparse_kernels import (
     _block_sparse_forward_kernel,
 )
 from .launch import LaunchConfig, architecture_of, choose
-from .tensors import delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
+from .tensors import NAMESPACE, delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
 
 
-@torch.library.custom_op("vision_attn_kernels::block_sparse", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::block_sparse", mutates_args=())
 def block_sparse(
     query: Tensor, key: Tensor, value: Tensor, block_index: Tensor, block_q: int, block_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def _(query, key, value, *args):  # type: ignore[no-untyped-def]
     return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("vision_attn_kernels::block_sparse_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::block_sparse_backward", mutates_args=())
 def block_sparse_backward(
     grad_output: Tensor,
     grad_lse: Tensor,

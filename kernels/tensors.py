@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .softmax import delta_kernel
 
+# Of the custom ops: one for each package that these files stand in, so that two copies can be loaded together.
+NAMESPACE = (__package__ or "vision_attn.kernels").replace(".", "_")
 _DELTA_ROWS = 64
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .geometry import Geometry, KeyPart, QueryPart, geometry_of, key_parts, query_parts
 from .launch import LaunchConfig, architecture_of, choose, tile_shape
 from .tensors import (
+    NAMESPACE,
     batch_stride,
     delta_of,
     empty_like,
@@ -27,7 +28,7 @@ from .windowed_backward import _windowed_backward_dkv_kernel, _windowed_backward
 from .windowed_forward import _windowed_forward_kernel
 
 
-@torch.library.custom_op("vision_attn_kernels::windowed", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::windowed", mutates_args=())
 def windowed(
     query: Tensor,
     key: Tensor,
@@ -82,7 +83,7 @@ def _(query, key, value, *args):  # type: ignore[no-untyped-def]
     return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("vision_attn_kernels::windowed_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::windowed_backward", mutates_args=())
 def windowed_backward(
     grad_output: Tensor,
     grad_lse: Tensor,

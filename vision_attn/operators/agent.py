@@ -67,15 +67,14 @@ def agent_attention(
     check_cross_inputs(where, query, key, value)
     _check_agents(where, agents, query, key)
     batch, queries, heads, width = query.shape
-    biases = [
-        _checked_bias(where, "agent_bias", agent_bias, query, (batch, heads, agents.shape[1], key.shape[1])),
-        _checked_bias(where, "query_bias", query_bias, query, (batch, heads, queries, agents.shape[1])),
-    ]
+    collect, read = (batch, heads, agents.shape[1], key.shape[1]), (batch, heads, queries, agents.shape[1])
+    agent_bias = _checked_bias(where, "agent_bias", agent_bias, query, collect)
+    query_bias = _checked_bias(where, "query_bias", query_bias, query, read)
     factor = resolve_scale(where, scale, width)
     query_factor = factor if query_scale is None else resolve_scale(where, query_scale, width, "query_scale")
     chosen = resolve(backend, where, query, value)
     with no_autocast(query):
-        return agent(query, key, value, agents, *biases, factor, query_factor, backend=chosen)
+        return agent(query, key, value, agents, agent_bias, query_bias, factor, query_factor, backend=chosen)
 
 
 def _check_agents(where: str, agents: Any, query: Tensor, key: Tensor) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from .binary import Binary, read_amdgcn, read_cubin
 from .chips import CHIPS, Chip
-from .launch import LaunchConfig, tables, tile_shape
+from .launch import LaunchConfig, config_of, tables, tile_shape
 
 # Module and function of each kernel of the table.
 KERNELS = {
@@ -111,7 +111,7 @@ def launches(chips: Sequence[str], kernels: Sequence[str] = tuple(KERNELS)) -> I
     for chip in chips:
         for kernel in kernels:
             for row in tables()[-1][kernel].get(chip, []) or tables()[-1][kernel]["default"]:
-                config = LaunchConfig(row["q_tokens"], row["kv_tokens"], row["warps"], row["stages"])
+                config = config_of(row)
                 for window in ("box", "circle") if kernel.startswith("windowed") else ("",):
                     yield Launch(chip, kernel, window, "fp32" if row["bits"] == 32 else "bf16", row["head_dim"], config)
 
@@ -132,10 +132,13 @@ def compile_launch(launch: Launch) -> Report:
     chip = CHIPS[launch.chip]
     constants = _constants(launch, chip)
     signature = {name: _type(name, launch, constants) for name in kernel.arg_names}
+    options: dict[str, int] = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    if launch.config.registers is not None and chip.backend == "cuda":
+        options["maxnreg"] = launch.config.registers
     compiled = triton.compile(
         ASTSource(kernel, signature=signature, constexprs=constants, attrs=_aligned(kernel.arg_names, signature)),
         target=GPUTarget(chip.backend, chip.arch, chip.warp_size),
-        options={"num_warps": launch.config.warps, "num_stages": launch.config.stages},
+        options=options,
     )
     binary = read_cubin(compiled.asm["cubin"]) if chip.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
     return judge(launch, binary, compiled.metadata.shared)
@@ -195,6 +198,8 @@ def _function(kernel: str) -> Any:
 
 
 def _constants(launch: Launch, chip: Chip) -> dict[str, Any]:
+    import triton
+
     q_tile, kv_tile = launch.tiles
     constants: dict[str, Any] = {
         "WINDOWED": True,
@@ -205,6 +210,7 @@ def _constants(launch: Launch, chip: Chip) -> dict[str, Any]:
         "HAS_EXTRA": True,
         "HAS_EXTRA_BIAS": False,
         "BIAS_GRAD": True,
+        "OFFSET": triton.language.int32,
         "COUNT": False,
         "ALIGNED": False,
         "Q_TILE": q_tile,

@@ -6,14 +6,14 @@ agents first collect from all keys, then every query reads the agents. No logits
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .biased_kernels import _biased_backward_dkv_kernel, _biased_backward_dq_kernel, _biased_forward_kernel
-from .launch import LaunchConfig, architecture_of, choose
+from .launch import LaunchConfig, architecture_of, choose, launch_options
 from .tensors import NAMESPACE, delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
 
 # Programs that a GPU should have per multiprocessor before a loop is not split further.
@@ -136,9 +136,7 @@ class Call:
         head_dim = max(self.query.shape[3], self.value.shape[3])
         config = choose(kernel, head_dim, self.query.dtype, architecture_of(self.query.device))
         q_tokens, kv_tokens = (power_of_two(x.shape[1]) for x in (self.query, self.key))
-        return LaunchConfig(
-            min(config.q_tokens, q_tokens), min(config.kv_tokens, kv_tokens), config.warps, config.stages
-        )
+        return replace(config, q_tokens=min(config.q_tokens, q_tokens), kv_tokens=min(config.kv_tokens, kv_tokens))
 
 
 def splits_for(device: torch.device, programs: int, steps: int) -> int:
@@ -245,9 +243,5 @@ def _pointer(x: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _constants(config: LaunchConfig, key: Tensor, value: Tensor) -> dict[str, Any]:
-    return {
-        "BLOCK_Q": config.q_tokens,
-        "BLOCK_K": config.kv_tokens,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    } | head_constants(key, value)
+    tiles = {"BLOCK_Q": config.q_tokens, "BLOCK_K": config.kv_tokens}
+    return tiles | launch_options(config) | head_constants(key, value)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LN2, LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step
-from .token_rows import load_rows, store_rows
+from .token_rows import load_rows, row_offset, store_rows
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _share(split, splits, tokens, BLOCK: tl.constexpr):
 @triton.jit
 def _load_bias(base, rows, columns, row_valid, column_valid, row_stride, column_stride):
     """Bias of the rows' and columns' tokens in units of log 2; `-inf` hides a pair."""
-    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+    offsets = row_offset(rows, row_stride)[:, None] + row_offset(columns, column_stride)[None, :]
     bias = tl.load(base + offsets, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
     return bias.to(tl.float32) * LOG2E
 
@@ -52,30 +52,30 @@ def _biased_forward_kernel(
     out_ptr += batch * out_strides[0] + head * out_strides[2] + split * out_strides[3]
     lse_ptr += batch * lse_strides[0] + head * lse_strides[2] + split * lse_strides[3]
 
-    q_row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    q_row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_valid = q_row < queries
-    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
+    q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
     m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     begin, end = _share(split, splits, keys, BLOCK_K)
     for start in range(begin, end, BLOCK_K):
-        k_row = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        k_row = start + tl.arange(0, BLOCK_K)
         k_valid = k_row < keys
-        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
+        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_Q, BLOCK_K]
         if HAS_BIAS:
             logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
         if start + BLOCK_K > keys:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
-    store_rows(out_ptr, q_row * out_strides[1], q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
+    store_rows(out_ptr, row_offset(q_row, out_strides[1]), q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
     lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
-    tl.store(lse_ptr + q_row * lse_strides[1], lse, mask=q_valid)
+    tl.store(lse_ptr + row_offset(q_row, lse_strides[1]), lse, mask=q_valid)
 
 
 @triton.jit
@@ -96,18 +96,20 @@ def _biased_backward_dq_kernel(
     grad_bias_ptr += batch * grad_bias_strides[0] + head * grad_bias_strides[1]
     statistics = batch * lse_strides[0] + head * lse_strides[2]
 
-    q_row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    q_row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_valid = q_row < queries
-    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)
-    grad_out = load_rows(grad_out_ptr, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
-    lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+    q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
+    grad_out = load_rows(grad_out_ptr, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+    lse, delta = load_statistics(
+        lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
+    )
     grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     begin, end = _share(split, splits, keys, BLOCK_K)
     for start in range(begin, end, BLOCK_K):
-        k_row = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        k_row = start + tl.arange(0, BLOCK_K)
         k_valid = k_row < keys
-        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
-        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
+        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if HAS_BIAS:
             logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
@@ -115,10 +117,10 @@ def _biased_backward_dq_kernel(
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
         grad_q, grad_logits = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
         if BIAS_GRAD:
-            offsets = q_row[:, None] * grad_bias_strides[2] + k_row[None, :] * grad_bias_strides[3]
+            offsets = row_offset(q_row, grad_bias_strides[2])[:, None] + k_row[None, :]
             grad_bias = grad_logits.to(grad_bias_ptr.dtype.element_ty)
             tl.store(grad_bias_ptr + offsets, grad_bias, mask=q_valid[:, None] & k_valid[None, :])
-    store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
+    store_rows(grad_q_ptr, row_offset(q_row, grad_q_strides[1]), q_valid, grad_q * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -135,10 +137,10 @@ def _biased_backward_dkv_kernel(
     grad_k_ptr += batch * grad_k_strides[0] + kv_head * grad_k_strides[2] + split * grad_k_strides[3]
     grad_v_ptr += batch * grad_v_strides[0] + kv_head * grad_v_strides[2] + split * grad_v_strides[3]
 
-    k_row = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    k_row = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     k_valid = k_row < keys
-    k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)  # [BLOCK_K, D]
-    v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
+    k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)  # [BLOCK_K, D]
+    v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     begin, end = _share(split, splits, queries, BLOCK_Q)
@@ -149,14 +151,16 @@ def _biased_backward_dkv_kernel(
         grad_out_base = grad_out_ptr + batch * grad_out_strides[0] + head * grad_out_strides[2]
         statistics = batch * lse_strides[0] + head * lse_strides[2]
         for start in range(begin, end, BLOCK_Q):
-            q_row = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
+            q_row = start + tl.arange(0, BLOCK_Q)
             q_valid = q_row < queries
-            q = load_rows(q_base, q_row * q_strides[1], q_valid, D, BLOCK_D)
-            grad_out = load_rows(grad_out_base, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
-            lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+            q = load_rows(q_base, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
+            grad_out = load_rows(grad_out_base, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+            lse, delta = load_statistics(
+                lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
+            )
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
             if HAS_BIAS:
                 logits += _load_bias(bias_base, k_row, q_row, k_valid, q_valid, bias_strides[3], bias_strides[2])
             grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
-    store_rows(grad_k_ptr, k_row * grad_k_strides[1], k_valid, grad_k * scale, D, BLOCK_D)
-    store_rows(grad_v_ptr, k_row * grad_v_strides[1], k_valid, grad_v, DV, BLOCK_DV)
+    store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
+    store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -13,7 +13,7 @@ from .block_sparse_kernels import (
     _block_sparse_backward_dq_kernel,
     _block_sparse_forward_kernel,
 )
-from .launch import LaunchConfig, architecture_of, choose
+from .launch import LaunchConfig, architecture_of, choose, launch_options
 from .tensors import NAMESPACE, delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
 
 
@@ -217,9 +217,5 @@ def _head_strides(x: Tensor) -> tuple[int, int]:
 
 
 def _constants(config: LaunchConfig, key: Tensor, value: Tensor) -> dict[str, Any]:
-    return {
-        "BLOCK_Q": config.q_tokens,
-        "BLOCK_K": config.kv_tokens,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    } | head_constants(key, value)
+    tiles = {"BLOCK_Q": config.q_tokens, "BLOCK_K": config.kv_tokens}
+    return tiles | launch_options(config) | head_constants(key, value)

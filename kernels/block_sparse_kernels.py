@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LN2, LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step
-from .token_rows import load_rows, store_rows
+from .token_rows import load_rows, row_offset, store_rows
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _rows_of_block(block, part, block_size, rows, BLOCK: tl.constexpr):
     first = block * block_size + part * BLOCK
     stop = min((block + 1) * block_size, rows)
     row = first + tl.arange(0, BLOCK)
-    return row.to(tl.int64), row < stop, first + BLOCK <= stop
+    return row, row < stop, first + BLOCK <= stop
 
 
 @triton.jit
@@ -46,25 +46,25 @@ def _block_sparse_forward_kernel(
     index_ptr += list_row * index_strides[3]
 
     q_row, q_valid, _ = _rows_of_block(block, part, block_q, queries, BLOCK_Q)
-    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
+    q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
     m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     for step in range(count * k_parts):
         k_block = tl.load(index_ptr + step // k_parts)
         k_row, k_valid, whole = _rows_of_block(k_block, step % k_parts, block_k, keys, BLOCK_K)
-        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
+        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_Q, BLOCK_K]
         if not whole:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
-    store_rows(out_ptr, q_row * out_strides[1], q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
+    store_rows(out_ptr, row_offset(q_row, out_strides[1]), q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
     lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
-    tl.store(lse_ptr + q_row * lse_strides[1], lse, mask=q_valid)
+    tl.store(lse_ptr + row_offset(q_row, lse_strides[1]), lse, mask=q_valid)
 
 
 @triton.jit
@@ -91,20 +91,22 @@ def _block_sparse_backward_dq_kernel(
     index_ptr += list_row * index_strides[3]
 
     q_row, q_valid, _ = _rows_of_block(block, part, block_q, queries, BLOCK_Q)
-    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)
-    grad_out = load_rows(grad_out_ptr, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
-    lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+    q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
+    grad_out = load_rows(grad_out_ptr, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+    lse, delta = load_statistics(
+        lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
+    )
     grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for step in range(count * k_parts):
         k_block = tl.load(index_ptr + step // k_parts)
         k_row, k_valid, whole = _rows_of_block(k_block, step % k_parts, block_k, keys, BLOCK_K)
-        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
-        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
+        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if not whole:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
-    store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
+        grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+    store_rows(grad_q_ptr, row_offset(q_row, grad_q_strides[1]), q_valid, grad_q * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -127,8 +129,8 @@ def _block_sparse_backward_dkv_kernel(
     grad_v_ptr += batch * grad_v_strides[0] + kv_head * grad_v_strides[2]
 
     k_row, k_valid, _ = _rows_of_block(block, part, block_k, keys, BLOCK_K)
-    k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)  # [BLOCK_K, D]
-    v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
+    k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)  # [BLOCK_K, D]
+    v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     for member in range(heads_per_kv):
@@ -143,10 +145,12 @@ def _block_sparse_backward_dkv_kernel(
             # Pairs of query block and list entry, sorted by the key block that the entry names.
             q_block = tl.load(order + begin + step // q_parts) // listed
             q_row, q_valid, _ = _rows_of_block(q_block, step % q_parts, block_q, queries, BLOCK_Q)
-            q = load_rows(q_base, q_row * q_strides[1], q_valid, D, BLOCK_D)
-            grad_out = load_rows(grad_out_base, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)
-            lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, q_row * lse_strides[1], q_valid)
+            q = load_rows(q_base, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
+            grad_out = load_rows(grad_out_base, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+            lse, delta = load_statistics(
+                lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
+            )
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
             grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
-    store_rows(grad_k_ptr, k_row * grad_k_strides[1], k_valid, grad_k * scale, D, BLOCK_D)
-    store_rows(grad_v_ptr, k_row * grad_v_strides[1], k_valid, grad_v, DV, BLOCK_DV)
+    store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
+    store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -27,12 +27,15 @@ class LaunchConfig:
         kv_tokens: Keys per tile, a power of two of at least 16.
         warps: Warps per program.
         stages: Key tiles in flight.
+        registers: Most registers per thread on an NVIDIA chip; None lets the compiler trade them for programs per
+            multiprocessor, for which it spills a few at times.
     """
 
     q_tokens: int
     kv_tokens: int
     warps: int
     stages: int
+    registers: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("q_tokens", "kv_tokens", "warps", "stages"):
@@ -59,8 +62,21 @@ def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) ->
         rows = table.get(kernel, {})
         for row in (*rows.get(architecture, ()), *rows.get("default", ())):
             if row["bits"] == bits and head_dim <= row["head_dim"]:
-                return LaunchConfig(row["q_tokens"], row["kv_tokens"], row["warps"], row["stages"])
+                return config_of(row)
     raise NotImplementedError(f"{kernel}: head_dim must be at most 256, got {head_dim}: use backend='tiled'")
+
+
+def config_of(row: dict[str, Any]) -> LaunchConfig:
+    """The launch of a row of the table."""
+    return LaunchConfig(row["q_tokens"], row["kv_tokens"], row["warps"], row["stages"], row.get("registers"))
+
+
+def launch_options(config: LaunchConfig) -> dict[str, int]:
+    """What Triton is told of a launch."""
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.registers is not None and torch.version.hip is None:
+        options["maxnreg"] = config.registers
+    return options
 
 
 def architecture_of(device: torch.device) -> str:

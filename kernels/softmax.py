@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .token_rows import load_rows
+from .token_rows import load_rows, row_offset
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -62,13 +62,13 @@ def delta_kernel(
     blocks = tl.cdiv(tokens, BLOCK)
     program = tl.program_id(0)
     batch, head = (program // blocks // heads).to(tl.int64), (program // blocks % heads).to(tl.int64)
-    row = (program % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    row = program % blocks * BLOCK + tl.arange(0, BLOCK)
     valid = row < tokens
     out_ptr += batch * out_strides[0] + head * out_strides[2]
     grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
     grad_lse_ptr += batch * grad_lse_strides[0] + head * grad_lse_strides[2]
     delta_ptr += batch * delta_strides[0] + head * delta_strides[2]
-    out = load_rows(out_ptr, row * out_strides[1], valid, DV, BLOCK_DV).to(tl.float32)
-    grad_out = load_rows(grad_out_ptr, row * grad_out_strides[1], valid, DV, BLOCK_DV).to(tl.float32)
-    grad_lse = tl.load(grad_lse_ptr + row * grad_lse_strides[1], mask=valid, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + row * delta_strides[1], tl.sum(out * grad_out, 1) - grad_lse, mask=valid)
+    out = load_rows(out_ptr, row_offset(row, out_strides[1]), valid, DV, BLOCK_DV).to(tl.float32)
+    grad_out = load_rows(grad_out_ptr, row_offset(row, grad_out_strides[1]), valid, DV, BLOCK_DV).to(tl.float32)
+    grad_lse = tl.load(grad_lse_ptr + row_offset(row, grad_lse_strides[1]), mask=valid, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + row_offset(row, delta_strides[1]), tl.sum(out * grad_out, 1) - grad_lse, mask=valid)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from .geometry import Geometry, KeyPart, QueryPart, geometry_of, key_parts, query_parts
-from .launch import LaunchConfig, architecture_of, choose, tile_shape
+from .launch import LaunchConfig, architecture_of, choose, launch_options, tile_shape
 from .tensors import (
     NAMESPACE,
     batch_stride,
@@ -197,7 +198,7 @@ def forward(
                 query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
                 *part.queries.place, *part.grid_keys.place, part.rows.count, *part.rows.place, extra.tokens,
                 HAS_BIAS=call.bias is not None, HAS_EXTRA=extra.tokens > 0, HAS_EXTRA_BIAS=extra.has_bias,
-                COUNT=counted, ALIGNED=aligned, **_constants(geometry, config, tile, key, value, "kv"),
+                COUNT=counted, ALIGNED=aligned, **_constants(geometry, config, tile, key, value, "kv", (key, value)),
             )  # fmt: skip
     return output, lse
 
@@ -244,7 +245,7 @@ def _launch_dq(
             query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
             *part.queries.place, *part.grid_keys.place, part.rows.count, *part.rows.place, extra.tokens,
             HAS_BIAS=call.bias is not None, HAS_EXTRA=extra.tokens > 0, HAS_EXTRA_BIAS=extra.has_bias,
-            ALIGNED=False, **_constants(geometry, config, tile, key, value, "kv"),
+            ALIGNED=False, **_constants(geometry, config, tile, key, value, "kv", (key, value)),
         )  # fmt: skip
 
 
@@ -273,7 +274,8 @@ def _launch_dkv(
             *map(strides, grads), batch_stride(bias),
             key.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
             *part.grid_queries.place, *part.keys.place, part.rows.count, *part.rows.place,
-            HAS_BIAS=bias is not None, ALIGNED=False, **_constants(geometry, config, tile, key, value, "q"),
+            HAS_BIAS=bias is not None, ALIGNED=False,
+            **_constants(geometry, config, tile, key, value, "q", (query, grad_output, lse)),
         )  # fmt: skip
 
 
@@ -304,18 +306,44 @@ def _window(geometry: Geometry) -> tuple[Any, ...]:
 
 
 def _constants(
-    geometry: Geometry, config: LaunchConfig, fixed: tuple[int, int, int], key: Tensor, value: Tensor, walked: str
+    geometry: Geometry,
+    config: LaunchConfig,
+    fixed: tuple[int, int, int],
+    key: Tensor,
+    value: Tensor,
+    walked: str,
+    read: tuple[Tensor, ...],
 ) -> dict[str, Any]:
-    """What a launch compiles in: the window's kind, tiles, head dims; and its warps and stages."""
+    """What a launch compiles in: the window's kind, tiles, head dims; and its warps and stages.
+
+    Args:
+        geometry: The window.
+        config: Of this kernel.
+        fixed: The tile that a program holds.
+        key: For its head dim.
+        value: For its head dim.
+        walked: Whether programs walk over boxes of `q` or `kv`.
+        read: Tensors whose rows of a walked box are read in one piece.
+    """
     moving = config.kv_tokens if walked == "kv" else config.q_tokens
     other = tile_shape(moving, geometry.group_lengths)
-    return {
-        "WINDOWED": geometry.windowed,
-        "BALL": geometry.limit > 0,
-        "CAUSAL": geometry.is_causal,
-        "AXES": geometry.axes,
-        "Q_TILE": fixed if walked == "kv" else other,
-        "KV_TILE": other if walked == "kv" else fixed,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    } | head_constants(key, value)
+    return (
+        {
+            "WINDOWED": geometry.windowed,
+            "BALL": geometry.limit > 0,
+            "CAUSAL": geometry.is_causal,
+            "AXES": geometry.axes,
+            "Q_TILE": fixed if walked == "kv" else other,
+            "KV_TILE": other if walked == "kv" else fixed,
+            "OFFSET": _offset_type(geometry, other, read),
+        }
+        | launch_options(config)
+        | head_constants(key, value)
+    )
+
+
+def _offset_type(geometry: Geometry, tile: tuple[int, int, int], tensors: tuple[Tensor, ...]) -> tl.dtype:
+    """Type of offsets within a box of tokens: 32 bits, which take half the registers, wherever they suffice."""
+    (t, y, x), (_, rows, columns) = ((n - 1) * d for n, d in zip(tile, geometry.dilation, strict=True)), geometry.grid
+    farthest = (t * rows + y) * columns + x
+    return tl.int32 if farthest * max(tensor.stride(1) for tensor in tensors) < 2**31 else tl.int64

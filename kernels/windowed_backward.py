@@ -26,7 +26,7 @@ from .tile_walk import (
     tile_steps,
     visible_pairs,
 )
-from .token_rows import load_rows, sequence_row, store_rows
+from .token_rows import load_rows, row_offset, sequence_row, store_rows
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _windowed_backward_dq_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_EXTRA_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
     BLOCK_K: tl.constexpr = KV_TILE[0] * KV_TILE[1] * KV_TILE[2]
@@ -65,31 +65,31 @@ def _windowed_backward_dq_kernel(
     q_steps = tile_steps(Q_TILE)
     position = (first[0] + q_steps[0], first[1] + q_steps[1], first[2] + q_steps[2])
     q_valid = inside(position, length)
-    q_row = sequence_row(flat_token(position, residue, grid, dilation), q_split, q_jump).to(tl.int64)
-    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
-    grad_out = load_rows(grad_out_ptr, q_row * grad_out_strides[1], q_valid, DV, BLOCK_DV)  # [BLOCK_Q, DV]
-    lse, delta = load_statistics(lse_ptr, delta_ptr, q_row * lse_strides[1], q_valid)
+    q_row = sequence_row(flat_token(position, residue, grid, dilation), q_split, q_jump)
+    q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
+    grad_out = load_rows(grad_out_ptr, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)  # [BLOCK_Q, DV]
+    lse, delta = load_statistics(lse_ptr, delta_ptr, row_offset(q_row, lse_strides[1]), q_valid)
     grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     factor = scale * LOG2E
 
     if WINDOWED:
         intervals = fixed_intervals(position, length, window, stride, BALL, CAUSAL, False)
         k_steps = tile_steps(KV_TILE)
-        k_offset = flat_offset(k_steps, grid, dilation).to(tl.int64)
+        k_offset = flat_offset(k_steps, grid, dilation).to(OFFSET)
         start_t, stop_t, _, _ = met_range(0, first, last, length, window, stride, limit, BALL, CAUSAL, False)
         t, tiles_t = tile_range(start_t, stop_t, KV_TILE[0], ALIGNED)
-        for _ in range(tl.where(exists, tiles_t, 0)):
+        for _slab in range(tl.where(exists, tiles_t, 0)):
             y, x, x_left, boxes = open_slab(
                 t, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE, ALIGNED
             )
             budget = slab_budget(t, first, last, length, window, limit, BALL, KV_TILE)
-            for _ in range(boxes):
+            for _box in range(boxes):
                 start = (t, y, x)
                 walked = (t + k_steps[0], y + k_steps[1], x + k_steps[2])
                 k_valid = inside(walked, length)
                 k_row = sequence_row(flat_token(start, residue, grid, dilation), k_split, k_jump).to(tl.int64)
-                k = load_rows(k_ptr + k_row * k_strides[1], k_offset * k_strides[1], k_valid, D, BLOCK_D)
-                v = load_rows(v_ptr + k_row * v_strides[1], k_offset * v_strides[1], k_valid, DV, BLOCK_DV)
+                k = load_rows(k_ptr + row_offset(k_row, k_strides[1]), k_offset * k_strides[1], k_valid, D, BLOCK_D)
+                v = load_rows(v_ptr + row_offset(k_row, v_strides[1]), k_offset * v_strides[1], k_valid, DV, BLOCK_DV)
                 logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_Q, BLOCK_K]
                 if HAS_BIAS:
                     bias = tl.load(bias_ptr + batch * bias_stride + k_row + k_offset, mask=k_valid, other=0.0)
@@ -97,7 +97,7 @@ def _windowed_backward_dq_kernel(
                 if not is_interior(start, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE):
                     pairs = visible_pairs(intervals, walked, length, window, limit, BALL, AXES)
                     logits = tl.where(pairs, logits, float("-inf"))
-                grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+                grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
                 y, x, x_left = next_box(
                     y, x, x_left, budget, first, last, length, window, stride, BALL, CAUSAL, False, KV_TILE, ALIGNED
                 )
@@ -106,16 +106,16 @@ def _windowed_backward_dq_kernel(
     for begin in range(0, tl.where(exists, row_count, 0), BLOCK_K):
         token = begin + tl.arange(0, BLOCK_K)
         k_valid = token < row_count
-        k_row = sequence_row(token, row_split, row_jump).to(tl.int64)
-        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
-        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        k_row = sequence_row(token, row_split, row_jump)
+        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
+        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         if HAS_BIAS:
             bias = tl.load(bias_ptr + batch * bias_stride + k_row, mask=k_valid, other=0.0)
             logits += bias.to(tl.float32)[None, :] * LOG2E
         if begin + BLOCK_K > row_count:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
 
     if HAS_EXTRA:
         extra_k_ptr += batch * extra_k_strides[0] + kv_head * extra_k_strides[2]
@@ -123,17 +123,17 @@ def _windowed_backward_dq_kernel(
         for begin in range(0, tl.where(exists, extra_count, 0), BLOCK_K):
             token = begin + tl.arange(0, BLOCK_K)
             k_valid = token < extra_count
-            k = load_rows(extra_k_ptr, token.to(tl.int64) * extra_k_strides[1], k_valid, D, BLOCK_D)
-            v = load_rows(extra_v_ptr, token.to(tl.int64) * extra_v_strides[1], k_valid, DV, BLOCK_DV)
+            k = load_rows(extra_k_ptr, row_offset(token, extra_k_strides[1]), k_valid, D, BLOCK_D)
+            v = load_rows(extra_v_ptr, row_offset(token, extra_v_strides[1]), k_valid, DV, BLOCK_DV)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
             if HAS_EXTRA_BIAS:
                 bias = tl.load(extra_bias_ptr + batch * extra_bias_stride + token, mask=k_valid, other=0.0)
                 logits += bias.to(tl.float32)[None, :] * LOG2E
             if begin + BLOCK_K > extra_count:
                 logits = tl.where(k_valid[None, :], logits, float("-inf"))
-            grad_q, _ = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+            grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
 
-    store_rows(grad_q_ptr, q_row * grad_q_strides[1], q_valid, grad_q * scale, D, BLOCK_D)
+    store_rows(grad_q_ptr, row_offset(q_row, grad_q_strides[1]), q_valid, grad_q * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _windowed_backward_dkv_kernel(
     WINDOWED: tl.constexpr, BALL: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr,
     HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
     BLOCK_K: tl.constexpr = KV_TILE[0] * KV_TILE[1] * KV_TILE[2]
@@ -165,9 +165,9 @@ def _windowed_backward_dkv_kernel(
     k_steps = tile_steps(KV_TILE)
     position = (first[0] + k_steps[0], first[1] + k_steps[1], first[2] + k_steps[2])
     k_valid = inside(position, length)
-    k_row = sequence_row(flat_token(position, residue, grid, dilation), k_split, k_jump).to(tl.int64)
-    k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)  # [BLOCK_K, D]
-    v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
+    k_row = sequence_row(flat_token(position, residue, grid, dilation), k_split, k_jump)
+    k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)  # [BLOCK_K, D]
+    v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
     bias = tl.zeros([BLOCK_K], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + batch * bias_stride + k_row, mask=k_valid, other=0.0).to(tl.float32) * LOG2E
@@ -176,7 +176,7 @@ def _windowed_backward_dkv_kernel(
     factor = scale * LOG2E
     intervals = fixed_intervals(position, length, window, stride, BALL, CAUSAL, True)
     q_steps = tile_steps(Q_TILE)
-    q_offset = flat_offset(q_steps, grid, dilation).to(tl.int64)
+    q_offset = flat_offset(q_steps, grid, dilation).to(OFFSET)
 
     for member in range(heads_per_kv):
         head = kv_head * heads_per_kv + member
@@ -187,12 +187,12 @@ def _windowed_backward_dkv_kernel(
         if WINDOWED:
             start_t, stop_t, _, _ = met_range(0, first, last, length, window, stride, limit, BALL, CAUSAL, True)
             t, tiles_t = tile_range(start_t, stop_t, Q_TILE[0], ALIGNED)
-            for _ in range(tl.where(exists, tiles_t, 0)):
+            for _slab in range(tl.where(exists, tiles_t, 0)):
                 y, x, x_left, boxes = open_slab(
                     t, first, last, length, window, stride, limit, BALL, CAUSAL, True, Q_TILE, ALIGNED
                 )
                 budget = slab_budget(t, first, last, length, window, limit, BALL, Q_TILE)
-                for _ in range(boxes):
+                for _box in range(boxes):
                     start = (t, y, x)
                     walked = (t + q_steps[0], y + q_steps[1], x + q_steps[2])
                     q_valid = inside(walked, length)
@@ -201,7 +201,12 @@ def _windowed_backward_dkv_kernel(
                     grad_out = load_rows(
                         grad_out_base + row * grad_out_strides[1], q_offset * grad_out_strides[1], q_valid, DV, BLOCK_DV
                     )
-                    lse, delta = load_statistics(lse_base, delta_base, (row + q_offset) * lse_strides[1], q_valid)
+                    lse, delta = load_statistics(
+                        lse_base + row * lse_strides[1],
+                        delta_base + row * lse_strides[1],
+                        q_offset * lse_strides[1],
+                        q_valid,
+                    )
                     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor  # [BLOCK_K, BLOCK_Q]
                     if HAS_BIAS:
                         logits += bias[:, None]
@@ -217,14 +222,14 @@ def _windowed_backward_dkv_kernel(
         for begin in range(0, tl.where(exists, row_count, 0), BLOCK_Q):
             token = begin + tl.arange(0, BLOCK_Q)
             q_valid = token < row_count
-            rows = sequence_row(token, row_split, row_jump).to(tl.int64)
-            q = load_rows(q_base, rows * q_strides[1], q_valid, D, BLOCK_D)
-            grad_out = load_rows(grad_out_base, rows * grad_out_strides[1], q_valid, DV, BLOCK_DV)
-            lse, delta = load_statistics(lse_base, delta_base, rows * lse_strides[1], q_valid)
+            rows = sequence_row(token, row_split, row_jump)
+            q = load_rows(q_base, row_offset(rows, q_strides[1]), q_valid, D, BLOCK_D)
+            grad_out = load_rows(grad_out_base, row_offset(rows, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+            lse, delta = load_statistics(lse_base, delta_base, row_offset(rows, lse_strides[1]), q_valid)
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
             if HAS_BIAS:
                 logits += bias[:, None]
             grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
 
-    store_rows(grad_k_ptr, k_row * grad_k_strides[1], k_valid, grad_k * scale, D, BLOCK_D)
-    store_rows(grad_v_ptr, k_row * grad_v_strides[1], k_valid, grad_v, DV, BLOCK_DV)
+    store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
+    store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -26,7 +26,7 @@ from .tile_walk import (
     tile_steps,
     visible_pairs,
 )
-from .token_rows import load_rows, sequence_row, store_rows
+from .token_rows import load_rows, row_offset, sequence_row, store_rows
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _windowed_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_EXTRA_BIAS: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
     BLOCK_K: tl.constexpr = KV_TILE[0] * KV_TILE[1] * KV_TILE[2]
@@ -62,8 +62,8 @@ def _windowed_forward_kernel(
     q_steps = tile_steps(Q_TILE)
     position = (first[0] + q_steps[0], first[1] + q_steps[1], first[2] + q_steps[2])
     q_valid = inside(position, length)
-    q_row = sequence_row(flat_token(position, residue, grid, dilation), q_split, q_jump).to(tl.int64)
-    q = load_rows(q_ptr, q_row * q_strides[1], q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
+    q_row = sequence_row(flat_token(position, residue, grid, dilation), q_split, q_jump)
+    q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
     factor = scale * LOG2E
 
     m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
@@ -74,20 +74,20 @@ def _windowed_forward_kernel(
     if WINDOWED:
         intervals = fixed_intervals(position, length, window, stride, BALL, CAUSAL, False)
         k_steps = tile_steps(KV_TILE)
-        k_offset = flat_offset(k_steps, grid, dilation).to(tl.int64)
+        k_offset = flat_offset(k_steps, grid, dilation).to(OFFSET)
         start_t, stop_t, _, _ = met_range(0, first, last, length, window, stride, limit, BALL, CAUSAL, False)
         t, tiles_t = tile_range(start_t, stop_t, KV_TILE[0], ALIGNED)
-        for _ in range(tl.where(exists, tiles_t, 0)):
+        for _slab in range(tl.where(exists, tiles_t, 0)):
             y, x, x_left, boxes = open_slab(
                 t, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE, ALIGNED
             )
             budget = slab_budget(t, first, last, length, window, limit, BALL, KV_TILE)
-            for _ in range(boxes):
+            for _box in range(boxes):
                 start = (t, y, x)
                 walked = (t + k_steps[0], y + k_steps[1], x + k_steps[2])
                 k_valid = inside(walked, length)
                 k_row = sequence_row(flat_token(start, residue, grid, dilation), k_split, k_jump).to(tl.int64)
-                k = load_rows(k_ptr + k_row * k_strides[1], k_offset * k_strides[1], k_valid, D, BLOCK_D)
+                k = load_rows(k_ptr + row_offset(k_row, k_strides[1]), k_offset * k_strides[1], k_valid, D, BLOCK_D)
                 logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_Q, BLOCK_K]
                 if HAS_BIAS:
                     bias = tl.load(bias_ptr + batch * bias_stride + k_row + k_offset, mask=k_valid, other=0.0)
@@ -96,7 +96,7 @@ def _windowed_forward_kernel(
                 if not interior:
                     pairs = visible_pairs(intervals, walked, length, window, limit, BALL, AXES)
                     logits = tl.where(pairs, logits, float("-inf"))
-                v = load_rows(v_ptr + k_row * v_strides[1], k_offset * v_strides[1], k_valid, DV, BLOCK_DV)
+                v = load_rows(v_ptr + row_offset(k_row, v_strides[1]), k_offset * v_strides[1], k_valid, DV, BLOCK_DV)
                 acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
                 if COUNT:
                     visited += 1
@@ -109,15 +109,15 @@ def _windowed_forward_kernel(
     for begin in range(0, tl.where(exists, row_count, 0), BLOCK_K):
         token = begin + tl.arange(0, BLOCK_K)
         k_valid = token < row_count
-        k_row = sequence_row(token, row_split, row_jump).to(tl.int64)
-        k = load_rows(k_ptr, k_row * k_strides[1], k_valid, D, BLOCK_D)
+        k_row = sequence_row(token, row_split, row_jump)
+        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         if HAS_BIAS:
             bias = tl.load(bias_ptr + batch * bias_stride + k_row, mask=k_valid, other=0.0)
             logits += bias.to(tl.float32)[None, :] * LOG2E
         if begin + BLOCK_K > row_count:
             logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        v = load_rows(v_ptr, k_row * v_strides[1], k_valid, DV, BLOCK_DV)
+        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
     if HAS_EXTRA:
@@ -126,21 +126,21 @@ def _windowed_forward_kernel(
         for begin in range(0, tl.where(exists, extra_count, 0), BLOCK_K):
             token = begin + tl.arange(0, BLOCK_K)
             k_valid = token < extra_count
-            k = load_rows(extra_k_ptr, token.to(tl.int64) * extra_k_strides[1], k_valid, D, BLOCK_D)
+            k = load_rows(extra_k_ptr, row_offset(token, extra_k_strides[1]), k_valid, D, BLOCK_D)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
             if HAS_EXTRA_BIAS:
                 bias = tl.load(extra_bias_ptr + batch * extra_bias_stride + token, mask=k_valid, other=0.0)
                 logits += bias.to(tl.float32)[None, :] * LOG2E
             if begin + BLOCK_K > extra_count:
                 logits = tl.where(k_valid[None, :], logits, float("-inf"))
-            v = load_rows(extra_v_ptr, token.to(tl.int64) * extra_v_strides[1], k_valid, DV, BLOCK_DV)
+            v = load_rows(extra_v_ptr, row_offset(token, extra_v_strides[1]), k_valid, DV, BLOCK_DV)
             acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
-    store_rows(out_ptr, q_row * out_strides[1], q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
+    store_rows(out_ptr, row_offset(q_row, out_strides[1]), q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
     lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
-    tl.store(lse_ptr + q_row * lse_strides[1], lse, mask=q_valid)
+    tl.store(lse_ptr + row_offset(q_row, lse_strides[1]), lse, mask=q_valid)
     if COUNT:
         tl.store(counter_ptr + 2 * program, visited)
         tl.store(counter_ptr + 2 * program + 1, masked)

@@ -38,7 +38,7 @@ def run(capsys):
 def test_help_lists_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("compare", "generate", "bench", "simulate", "operators", "backends", "verify"):
+    for command in ("compare", "generate", "bench", "simulate", "tune", "operators", "backends", "verify"):
         assert f" {command} " in out
     for later in ("plan", "demo"):
         assert f" {later} " not in out
@@ -178,6 +178,19 @@ def test_simulate_prints_the_counts_and_draws_them(run, tmp_path):
     assert code == 0
 
 
+def test_tune_writes_the_table_and_says_how_to_use_it(run, tmp_path, monkeypatch):
+    from vision_attn.kernels import tune
+
+    asked = []
+    monkeypatch.setattr(tune, "require", lambda *args: None)
+    monkeypatch.setattr(tune, "tune", lambda *args, on_run: asked.append(args) or {"windowed_forward": {"sm90": []}})
+    code, out, _ = run("tune", "--head-dims", "64", "96", "--dtypes", "float16", "--out", tmp_path / "mine.json")
+    assert code == 0
+    assert asked == [(tune.KERNELS, [64, 96], ["float16"])]
+    assert json.loads((tmp_path / "mine.json").read_text()) == {"windowed_forward": {"sm90": []}}
+    assert f"VISION_ATTN_LAUNCH_CONFIGS={tmp_path / 'mine.json'}" in out
+
+
 def test_bench_of_own_cases(run):
     arguments = ["bench", "--ops", "clear(radius=3)", "neighborhood(kernel_size=5)", "--grid", "16x8", "--heads", 2]
     arguments += ["--head-dim", 16, "--repeats", 1, "--warmup", 0, "--no-flex", "--threads", 1]
@@ -257,6 +270,9 @@ WRONG = [
     (["bench", "--ops", "clear(radius=3)", "--grid", "8by8"], r"--grid must be HEIGHTxWIDTH .* got '8by8'"),
     (["bench", "--grid", "9x9x9"], r"--grid must be HEIGHTxWIDTH .* got '9x9x9'"),
     (["bench", "--grid", "16x8"], r"--grid must come with --ops, got '16x8' alone"),
+    (["tune", "--kernels", "dense"], r"tune: kernels must be among windowed_forward, .* got 'dense'"),
+    (["tune", "--dtypes", "int8"], r"tune: dtypes must be among float16, bfloat16, float32, got 'int8'"),
+    (["tune"], r"tune: device must be a CUDA or ROCm GPU, torch sees none"),
     (["simulate"], r"[Mm]issing option '?--grid"),
     (["simulate", "--grid", "8by8"], r"--grid must be one to three whole numbers .* got '8by8'"),
     (["simulate", "--grid", "8x8x8x8", "--radius", "2"], r"--grid must be one to three whole numbers"),

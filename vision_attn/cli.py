@@ -1,4 +1,4 @@
-"""The command `vision-attn`: compare, generate, bench, simulate, operators, backends, verify.
+"""The command `vision-attn`: compare, generate, bench, simulate, tune, operators, backends, verify.
 
 Commands are thin: they read what the user typed, call the library and print. Everything heavy is imported inside them,
 so that `vision-attn --help` is quick.
@@ -324,6 +324,33 @@ def simulate(
         typer.echo(f"speed-up of it all  {numbers['end_to_end']:.2f}x (attention is {fraction:.1%} of the time)")
     if plot is not None:
         typer.echo(f"\nThe picture: {plot}")
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help="The table to write, a .json file.")] = Path("launch_configs.json"),
+    kernels: Annotated[
+        list[str] | None, typer.Option(metavar="KERNEL ...", help="Kernels. [default: all windowed ones]")
+    ] = None,
+    head_dims: Annotated[
+        list[int] | None, typer.Option(metavar="D ...", help="Channels per head. [default: 64 128]")
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None, typer.Option(metavar="DTYPE ...", help=f"{', '.join(DTYPES)}. [default: bfloat16]")
+    ] = None,
+) -> None:
+    """Find the fastest tile sizes of the Triton kernels on this GPU, and write them for the kernels to read."""
+    from vision_attn.benchmark.output import write_all
+    from vision_attn.kernels import tune as tuning
+
+    chosen, types = kernels or tuning.KERNELS, dtypes or ["bfloat16"]
+    tuning.require(chosen, types)
+    require_writable(out, out)
+    with _progress(None, "launch") as on_run:
+        table = tuning.tune(chosen, head_dims or [64, 128], types, on_run=on_run)
+    content = tuning.to_json(table).encode()
+    write_all({out: lambda file: file.write(content)}, on_ready=_appearing.extend)
+    typer.echo(f"The table: {out}. The kernels read it where VISION_ATTN_LAUNCH_CONFIGS={out.absolute()}")
 
 
 @app.command()

@@ -298,9 +298,8 @@ def test_a_window_off_by_one_is_seen(monkeypatch):
     for module in (windowed_forward, windowed_backward):
         plain = module.visible_pairs
 
-        def shifted(intervals, walked, length, window, limit, BALL, plain=plain):
-            walked = (walked[0], walked[1], walked[2] + 1)
-            return plain(intervals, walked, length, window, limit, BALL)
+        def shifted(intervals, walked, *arguments, plain=plain):
+            return plain(intervals, (walked[0], walked[1], walked[2] + 1), *arguments)
 
         monkeypatch.setattr(module, "visible_pairs", shifted)
     assert is_seen(problem)

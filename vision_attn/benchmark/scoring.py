@@ -17,7 +17,7 @@ class Verdict:
     """What the detector of `vision_attn.shapes` says.
 
     Args:
-        faults: What the picture got wrong of: colors, shapes, relation, sizes, background. Empty: all is right.
+        faults: What the picture got wrong of: count, colors, shapes, relation, sizes, background. Empty: all is right.
     """
 
     faults: tuple[str, ...]
@@ -42,6 +42,8 @@ def judge_of(prompt: str) -> Callable[[NDArray[np.float32]], Verdict] | None:
 
     def judge(image: NDArray[np.float32]) -> Verdict:
         found = score((np.clip(image, 0, 1) * 255).round().astype(np.uint8), spec)
+        if len(found.detected) != len(spec.objects):
+            return Verdict(("count",))
         if not found.objects:
             return Verdict(("shapes",) if found.colors else ("colors",))
         parts = {"relation": found.relation, "sizes": found.sizes, "background": found.background}

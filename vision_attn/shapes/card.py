@@ -52,7 +52,7 @@ Captions of one to four objects, `a [{sizes}] <color> <shape>`, joined by commas
 - at the end, if wanted: `on a <{backgrounds}> background`
 
 Sizes are for one or two objects. Any other word is unknown to it. One token is 4x4 pixels: 48x48 pixels are 12x12
-tokens, 192x192 pixels are 48x48 tokens. Training used 12x12 to 48x48 tokens, most of them small.
+tokens, 192x192 pixels are 48x48 tokens. Training used 12x12 to 48x48 tokens.
 
 ## Scores
 
@@ -73,8 +73,8 @@ are few (24 without size and background), so they occur in training too; longer 
 {note}
 
 Data: endless scenes drawn by `vision_attn.shapes.scenes`, no files and no third-party content. Flow matching with
-logit-normal times shifted by the picture's size, AdamW, averaged weights, a tenth of the captions dropped. To go on
-from these weights: `python -m vision_attn.shapes.train --init-from assets/shapes-flux --out runs/shapes`.
+logit-normal times shifted by the picture's size, Muon and AdamW, averaged weights, a tenth of the captions dropped. To
+go on from these weights: `python -m vision_attn.shapes.train --init-from assets/shapes-flux --out runs/shapes`.
 
 The autoencoder is not trained: latents are the standardised means of 2x2 pixels, decoding is bicubic resizing. A stock
 `AutoencoderTiny` that halves the resolution cannot be lossless; edges lose half a pixel of sharpness, the detector

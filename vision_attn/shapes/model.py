@@ -263,10 +263,10 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
 def default_settings() -> dict[str, Any]:
     """Keyword arguments for a good picture, stored beside the weights in `vision_attn.json`."""
     return {
-        "prompt": "a blue star",
+        "prompt": "a yellow triangle above a blue square",
         "negative_prompt": "",
-        "height": 64,
-        "width": 64,
+        "height": 192,
+        "width": 192,
         "num_inference_steps": 20,
         "true_cfg_scale": 3.0,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,

@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 # (rows, columns) of the token grid, and its share of the steps before and after `_MIXED_FROM` of the run.
 _GRIDS: tuple[tuple[tuple[int, int], float, float], ...] = (
-    ((12, 12), 0.80, 0.30),
-    ((12, 16), 0.05, 0.06),
-    ((16, 12), 0.05, 0.06),
-    ((16, 16), 0.10, 0.10),
-    ((24, 24), 0.00, 0.16),
-    ((32, 32), 0.00, 0.16),
-    ((48, 48), 0.00, 0.16),
+    ((12, 12), 0.72, 0.30),
+    ((12, 16), 0.05, 0.04),
+    ((16, 12), 0.05, 0.04),
+    ((16, 16), 0.10, 0.08),
+    ((24, 24), 0.04, 0.10),
+    ((32, 32), 0.02, 0.14),
+    ((48, 48), 0.02, 0.30),
 )
-_MIXED_FROM = 0.75
+_MIXED_FROM = 0.55
 # Shares of the kinds of scene (one, two, relation, many) in the first `_SIMPLE_UNTIL` of the run and after it.
 _SIMPLE_KINDS = (0.45, 0.35, 0.15, 0.05)
 _ALL_KINDS = (0.10, 0.48, 0.32, 0.10)

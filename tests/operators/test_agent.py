@@ -137,7 +137,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "kind", "message"), WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"), WRONG, ids=lambda value: value[:50] if isinstance(value, str) else ""
+)
 def test_wrong_input_is_named(arguments, kind, message):
     with pytest.raises(kind, match=message):
         va.agent_attention(**{"query": X, "key": X, "value": X, "agents": A} | arguments)

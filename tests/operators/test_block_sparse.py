@@ -193,7 +193,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "kind", "message"), WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"), WRONG, ids=lambda value: value[:50] if isinstance(value, str) else ""
+)
 def test_wrong_input_is_named(arguments, kind, message):
     given = {"query": X, "key": X, "value": X, "block_index": INDEX, "block_size": 4} | arguments
     with pytest.raises(kind, match=message):

@@ -14,37 +14,27 @@ from torch import Tensor
 
 from .biased_kernels import _biased_backward_dkv_kernel, _biased_backward_dq_kernel, _biased_forward_kernel
 from .launch import LaunchConfig, architecture_of, choose, launch_options
-from .tensors import NAMESPACE, delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
+from .tensors import (
+    NAMESPACE,
+    delta_of,
+    empty_like,
+    head_constants,
+    on_device,
+    pointer,
+    power_of_two,
+    strides,
+    unit_rows,
+)
 
 # Programs that a GPU should have per multiprocessor before a loop is not split further.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 def agent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    agent_bias: Tensor | None,
-    query_bias: Tensor | None,
-    scale: float,
-    query_scale: float,
-) -> Tensor:
-    """Agent attention.
-
-    Args:
-        query: `[B, Sq, H, D]`, float16, bfloat16 or float32, D up to 256.
-        key: `[B, S, Hkv, D]`.
-        value: `[B, S, Hkv, Dv]`.
-        agents: `[B, n, H, D]`.
-        agent_bias: Broadcastable to `[B, H, n, S]`, or None.
-        query_bias: Broadcastable to `[B, H, Sq, n]`, or None.
-        scale: Factor on the agents' logits.
-        query_scale: Factor on the queries' logits.
-
-    Returns:
-        `[B, Sq, H, Dv]` in the query's dtype.
-    """
+    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, agent_bias: Tensor | None, query_bias: Tensor | None,
+    scale: float, query_scale: float,
+) -> Tensor:  # fmt: skip
+    """Agent attention of `[B, S, H, D]` tensors with `[B, n, H, D]` agents; biases and limits as for `biased`."""
     collected, _ = biased(agents, key, value, agent_bias, scale)
     return biased(query, agents, collected, query_bias, query_scale)[0]
 
@@ -161,7 +151,7 @@ def forward(call: Call, config: LaunchConfig | None = None, splits: int | None =
     if programs:
         with on_device(query):
             _biased_forward_kernel[(programs * splits,)](
-                query, key, value, _pointer(bias, query), outputs, lses,
+                query, key, value, pointer(bias, query), outputs, lses,
                 strides(query), strides(key), strides(value), bias_strides, _split_strides(outputs),
                 _split_strides(lses), heads, call.groups, call.scale, queries, key.shape[1], splits,
                 HAS_BIAS=bias is not None, **_constants(config, key, value),
@@ -202,11 +192,11 @@ def backward(
         empty = [x.zero_()[0] for x in (grads_q, grads_k, grads_v)]
         return empty if call.bias is None or not bias_gradient else [*empty, torch.zeros_like(call.bias)]
     delta = delta_of(output, grad_output, grad_lse, lse)
-    shared = query, key, value, _pointer(bias, query), grad_output, lse, delta
+    shared = query, key, value, pointer(bias, query), grad_output, lse, delta
     moves = strides(query), strides(key), strides(value), bias_strides, strides(grad_output), lse.stride()
     with on_device(query):
         _biased_backward_dq_kernel[(programs_dq * splits_dq,)](
-            *shared, grads_q, _pointer(grad_bias, query),
+            *shared, grads_q, pointer(grad_bias, query),
             *moves, _split_strides(grads_q), (0, 0, 0, 0) if grad_bias is None else grad_bias.stride(),
             heads, call.groups, call.scale, queries, keys, splits_dq,
             HAS_BIAS=bias is not None, BIAS_GRAD=bias_gradient, **_constants(config_dq, key, value),
@@ -235,11 +225,6 @@ def _joined(parts: Tensor, like: Tensor) -> Tensor:
 def _split_strides(x: Tensor) -> tuple[int, int, int, int]:
     """Of batch, token, head and split."""
     return x.stride(1), x.stride(2), x.stride(3), x.stride(0)
-
-
-def _pointer(x: Tensor | None, other: Tensor) -> Tensor:
-    """A kernel adds to its pointers before it knows that nothing is there."""
-    return other if x is None else x
 
 
 def _constants(config: LaunchConfig, key: Tensor, value: Tensor) -> dict[str, Any]:

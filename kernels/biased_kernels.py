@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import LN2, LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step
-from .token_rows import load_rows, row_offset, store_rows
+from .softmax import LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step, store_softmax
+from .token_rows import head_offset, load_rows, row_offset, store_rows
 
 
 @triton.jit
@@ -45,12 +45,12 @@ def _biased_forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, split, tile = _place(tl.program_id(0), tl.cdiv(queries, BLOCK_Q), splits, heads)
-    q_ptr += batch * q_strides[0] + head * q_strides[2]
-    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
-    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
+    q_ptr += head_offset(batch, head, q_strides)
+    k_ptr += head_offset(batch, head // heads_per_kv, k_strides)
+    v_ptr += head_offset(batch, head // heads_per_kv, v_strides)
     bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
-    out_ptr += batch * out_strides[0] + head * out_strides[2] + split * out_strides[3]
-    lse_ptr += batch * lse_strides[0] + head * lse_strides[2] + split * lse_strides[3]
+    out_ptr += head_offset(batch, head, out_strides) + split * out_strides[3]
+    lse_ptr += head_offset(batch, head, lse_strides) + split * lse_strides[3]
 
     q_row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_valid = q_row < queries
@@ -71,11 +71,10 @@ def _biased_forward_kernel(
         v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
-    empty = l_i == 0.0
-    l_safe = tl.where(empty, 1.0, l_i)
-    store_rows(out_ptr, row_offset(q_row, out_strides[1]), q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
-    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
-    tl.store(lse_ptr + row_offset(q_row, lse_strides[1]), lse, mask=q_valid)
+    store_softmax(
+        out_ptr, lse_ptr, row_offset(q_row, out_strides[1]), row_offset(q_row, lse_strides[1]), q_valid, acc, l_i, m_i,
+        DV, BLOCK_DV,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -87,14 +86,14 @@ def _biased_backward_dq_kernel(
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, split, tile = _place(tl.program_id(0), tl.cdiv(queries, BLOCK_Q), splits, heads)
-    q_ptr += batch * q_strides[0] + head * q_strides[2]
-    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
-    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
+    q_ptr += head_offset(batch, head, q_strides)
+    k_ptr += head_offset(batch, head // heads_per_kv, k_strides)
+    v_ptr += head_offset(batch, head // heads_per_kv, v_strides)
     bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
-    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
-    grad_q_ptr += batch * grad_q_strides[0] + head * grad_q_strides[2] + split * grad_q_strides[3]
+    grad_out_ptr += head_offset(batch, head, grad_out_strides)
+    grad_q_ptr += head_offset(batch, head, grad_q_strides) + split * grad_q_strides[3]
     grad_bias_ptr += batch * grad_bias_strides[0] + head * grad_bias_strides[1]
-    statistics = batch * lse_strides[0] + head * lse_strides[2]
+    statistics = head_offset(batch, head, lse_strides)
 
     q_row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_valid = q_row < queries
@@ -132,10 +131,10 @@ def _biased_backward_dkv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, kv_head, split, tile = _place(tl.program_id(0), tl.cdiv(keys, BLOCK_K), splits, kv_heads)
-    k_ptr += batch * k_strides[0] + kv_head * k_strides[2]
-    v_ptr += batch * v_strides[0] + kv_head * v_strides[2]
-    grad_k_ptr += batch * grad_k_strides[0] + kv_head * grad_k_strides[2] + split * grad_k_strides[3]
-    grad_v_ptr += batch * grad_v_strides[0] + kv_head * grad_v_strides[2] + split * grad_v_strides[3]
+    k_ptr += head_offset(batch, kv_head, k_strides)
+    v_ptr += head_offset(batch, kv_head, v_strides)
+    grad_k_ptr += head_offset(batch, kv_head, grad_k_strides) + split * grad_k_strides[3]
+    grad_v_ptr += head_offset(batch, kv_head, grad_v_strides) + split * grad_v_strides[3]
 
     k_row = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     k_valid = k_row < keys
@@ -146,10 +145,10 @@ def _biased_backward_dkv_kernel(
     begin, end = _share(split, splits, queries, BLOCK_Q)
     for member in range(heads_per_kv):
         head = kv_head * heads_per_kv + member
-        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
+        q_base = q_ptr + head_offset(batch, head, q_strides)
         bias_base = bias_ptr + batch * bias_strides[0] + head * bias_strides[1]
-        grad_out_base = grad_out_ptr + batch * grad_out_strides[0] + head * grad_out_strides[2]
-        statistics = batch * lse_strides[0] + head * lse_strides[2]
+        grad_out_base = grad_out_ptr + head_offset(batch, head, grad_out_strides)
+        statistics = head_offset(batch, head, lse_strides)
         for start in range(begin, end, BLOCK_Q):
             q_row = start + tl.arange(0, BLOCK_Q)
             q_valid = q_row < queries

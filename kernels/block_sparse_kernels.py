@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import LN2, LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step
-from .token_rows import load_rows, row_offset, store_rows
+from .softmax import LOG2E, LOWEST, grad_kv_step, grad_q_step, key_logits, load_statistics, softmax_step, store_softmax
+from .token_rows import head_offset, load_rows, place_program, row_offset, store_rows
 
 
 @triton.jit
@@ -24,6 +24,28 @@ def _rows_of_block(block, part, block_size, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _list_of(index_ptr, count_ptr, strides, batch, block, head):
+    """Where a block's list begins, and how many of its entries are to be visited."""
+    row = batch * strides[0] + block * strides[1] + head * strides[2]
+    return index_ptr + row * strides[3], tl.load(count_ptr + row)
+
+
+@triton.jit
+def _listed_keys(
+    q, k_block, part, k_ptr, v_ptr, k_stride, v_stride, block_k, keys, factor, BLOCK_K: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits, keys and values of a piece of a listed block; what is beyond the block is masked."""
+    row, valid, whole = _rows_of_block(k_block, part, block_k, keys, BLOCK_K)
+    k = load_rows(k_ptr, row_offset(row, k_stride), valid, D, BLOCK_D)
+    v = load_rows(v_ptr, row_offset(row, v_stride), valid, DV, BLOCK_DV)
+    logits = key_logits(q, k, k_ptr, valid, factor, False, PRECISION)
+    if not whole:
+        logits = tl.where(valid[None, :], logits, float("-inf"))
+    return logits, k, v
+
+
+@triton.jit
 def _block_sparse_forward_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, count_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, out_strides, lse_strides, index_strides,  # batch, token (or block row), head
@@ -32,39 +54,29 @@ def _block_sparse_forward_kernel(
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_parts, k_parts = tl.cdiv(block_q, BLOCK_Q), tl.cdiv(block_k, BLOCK_K)
-    program = tl.program_id(0)
-    tiles = q_blocks * q_parts
-    batch, head = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
-    block, part = program % tiles // q_parts, program % q_parts
-    q_ptr += batch * q_strides[0] + head * q_strides[2]
-    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
-    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
-    out_ptr += batch * out_strides[0] + head * out_strides[2]
-    lse_ptr += batch * lse_strides[0] + head * lse_strides[2]
-    list_row = batch * index_strides[0] + block * index_strides[1] + head * index_strides[2]
-    count = tl.load(count_ptr + list_row)
-    index_ptr += list_row * index_strides[3]
+    batch, head, tile = place_program(tl.program_id(0), q_blocks * q_parts, heads)
+    q_ptr += head_offset(batch, head, q_strides)
+    k_ptr += head_offset(batch, head // heads_per_kv, k_strides)
+    v_ptr += head_offset(batch, head // heads_per_kv, v_strides)
+    index_ptr, count = _list_of(index_ptr, count_ptr, index_strides, batch, tile // q_parts, head)
 
-    q_row, q_valid, _ = _rows_of_block(block, part, block_q, queries, BLOCK_Q)
+    q_row, q_valid, _whole = _rows_of_block(tile // q_parts, tile % q_parts, block_q, queries, BLOCK_Q)
     q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
     m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     for step in range(count * k_parts):
         k_block = tl.load(index_ptr + step // k_parts)
-        k_row, k_valid, whole = _rows_of_block(k_block, step % k_parts, block_k, keys, BLOCK_K)
-        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_Q, BLOCK_K]
-        if not whole:
-            logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
+        logits, _k, v = _listed_keys(
+            q, k_block, step % k_parts, k_ptr, v_ptr, k_strides[1], v_strides[1], block_k, keys, scale * LOG2E, BLOCK_K,
+            D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
-    empty = l_i == 0.0
-    l_safe = tl.where(empty, 1.0, l_i)
-    store_rows(out_ptr, row_offset(q_row, out_strides[1]), q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
-    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
-    tl.store(lse_ptr + row_offset(q_row, lse_strides[1]), lse, mask=q_valid)
+    store_softmax(
+        out_ptr + head_offset(batch, head, out_strides), lse_ptr + head_offset(batch, head, lse_strides),
+        row_offset(q_row, out_strides[1]), row_offset(q_row, lse_strides[1]), q_valid, acc, l_i, m_i, DV, BLOCK_DV,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -76,36 +88,27 @@ def _block_sparse_backward_dq_kernel(
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_parts, k_parts = tl.cdiv(block_q, BLOCK_Q), tl.cdiv(block_k, BLOCK_K)
-    program = tl.program_id(0)
-    tiles = q_blocks * q_parts
-    batch, head = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
-    block, part = program % tiles // q_parts, program % q_parts
-    q_ptr += batch * q_strides[0] + head * q_strides[2]
-    k_ptr += batch * k_strides[0] + head // heads_per_kv * k_strides[2]
-    v_ptr += batch * v_strides[0] + head // heads_per_kv * v_strides[2]
-    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
-    grad_q_ptr += batch * grad_q_strides[0] + head * grad_q_strides[2]
-    statistics = batch * lse_strides[0] + head * lse_strides[2]
-    list_row = batch * index_strides[0] + block * index_strides[1] + head * index_strides[2]
-    count = tl.load(count_ptr + list_row)
-    index_ptr += list_row * index_strides[3]
+    batch, head, tile = place_program(tl.program_id(0), q_blocks * q_parts, heads)
+    q_ptr += head_offset(batch, head, q_strides)
+    k_ptr += head_offset(batch, head // heads_per_kv, k_strides)
+    v_ptr += head_offset(batch, head // heads_per_kv, v_strides)
+    index_ptr, count = _list_of(index_ptr, count_ptr, index_strides, batch, tile // q_parts, head)
 
-    q_row, q_valid, _ = _rows_of_block(block, part, block_q, queries, BLOCK_Q)
+    q_row, q_valid, _whole = _rows_of_block(tile // q_parts, tile % q_parts, block_q, queries, BLOCK_Q)
     q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
+    grad_out_ptr += head_offset(batch, head, grad_out_strides)
     grad_out = load_rows(grad_out_ptr, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
-    lse, delta = load_statistics(
-        lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
-    )
+    places = head_offset(batch, head, lse_strides) + row_offset(q_row, lse_strides[1])
+    lse, delta = load_statistics(lse_ptr, delta_ptr, places, q_valid)
     grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for step in range(count * k_parts):
         k_block = tl.load(index_ptr + step // k_parts)
-        k_row, k_valid, whole = _rows_of_block(k_block, step % k_parts, block_k, keys, BLOCK_K)
-        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
-        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        if not whole:
-            logits = tl.where(k_valid[None, :], logits, float("-inf"))
+        logits, k, v = _listed_keys(
+            q, k_block, step % k_parts, k_ptr, v_ptr, k_strides[1], v_strides[1], block_k, keys, scale * LOG2E, BLOCK_K,
+            D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
         grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+    grad_q_ptr += head_offset(batch, head, grad_q_strides)
     store_rows(grad_q_ptr, row_offset(q_row, grad_q_strides[1]), q_valid, grad_q * scale, D, BLOCK_D)
 
 
@@ -119,32 +122,30 @@ def _block_sparse_backward_dkv_kernel(
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_parts, k_parts = tl.cdiv(block_q, BLOCK_Q), tl.cdiv(block_k, BLOCK_K)
-    program = tl.program_id(0)
-    tiles = k_blocks * k_parts
-    batch, kv_head = (program // tiles // kv_heads).to(tl.int64), (program // tiles % kv_heads).to(tl.int64)
-    block, part = program % tiles // k_parts, program % k_parts
-    k_ptr += batch * k_strides[0] + kv_head * k_strides[2]
-    v_ptr += batch * v_strides[0] + kv_head * v_strides[2]
-    grad_k_ptr += batch * grad_k_strides[0] + kv_head * grad_k_strides[2]
-    grad_v_ptr += batch * grad_v_strides[0] + kv_head * grad_v_strides[2]
+    batch, kv_head, tile = place_program(tl.program_id(0), k_blocks * k_parts, kv_heads)
+    block, part = tile // k_parts, tile % k_parts
+    k_ptr += head_offset(batch, kv_head, k_strides)
+    v_ptr += head_offset(batch, kv_head, v_strides)
+    grad_k_ptr += head_offset(batch, kv_head, grad_k_strides)
+    grad_v_ptr += head_offset(batch, kv_head, grad_v_strides)
 
-    k_row, k_valid, _ = _rows_of_block(block, part, block_k, keys, BLOCK_K)
+    k_row, k_valid, _whole = _rows_of_block(block, part, block_k, keys, BLOCK_K)
     k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)  # [BLOCK_K, D]
     v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     for member in range(heads_per_kv):
         head = kv_head * heads_per_kv + member
-        q_base = q_ptr + batch * q_strides[0] + head * q_strides[2]
-        grad_out_base = grad_out_ptr + batch * grad_out_strides[0] + head * grad_out_strides[2]
-        statistics = batch * lse_strides[0] + head * lse_strides[2]
+        q_base = q_ptr + head_offset(batch, head, q_strides)
+        grad_out_base = grad_out_ptr + head_offset(batch, head, grad_out_strides)
+        statistics = head_offset(batch, head, lse_strides)
         order = order_ptr + batch * order_strides[0] + head * order_strides[1]
         begins = begin_ptr + batch * begin_strides[0] + head * begin_strides[1] + block
         begin, end = tl.load(begins), tl.load(begins + 1)
         for step in range((end - begin) * q_parts):
             # Pairs of query block and list entry, sorted by the key block that the entry names.
             q_block = tl.load(order + begin + step // q_parts) // listed
-            q_row, q_valid, _ = _rows_of_block(q_block, step % q_parts, block_q, queries, BLOCK_Q)
+            q_row, q_valid, _q_whole = _rows_of_block(q_block, step % q_parts, block_q, queries, BLOCK_Q)
             q = load_rows(q_base, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
             grad_out = load_rows(grad_out_base, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
             lse, delta = load_statistics(

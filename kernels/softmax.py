@@ -8,11 +8,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .token_rows import load_rows, row_offset
+from .token_rows import head_offset, load_rows, place_program, row_offset, store_rows
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: exp2(-inf - LOWEST) is 0, exp2(-inf + inf) would be NaN
+
+
+@triton.jit
+def key_logits(q, k, bias_ptrs, k_valid, factor, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits `[queries, keys]` in units of log 2, with a bias per key."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    if HAS_BIAS:
+        bias = tl.load(bias_ptrs, mask=k_valid, other=0.0)
+        logits += bias.to(tl.float32)[None, :] * LOG2E
+    return logits
+
+
+@triton.jit
+def store_softmax(out_ptr, lse_ptr, out_offset, lse_offset, valid, acc, l_i, m_i, DV: tl.constexpr,
+                  BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Ends an online softmax: output and natural log-sum-exp, zeros and `-inf` where no key was seen."""
+    empty = l_i == 0.0
+    l_safe = tl.where(empty, 1.0, l_i)
+    store_rows(out_ptr, out_offset, valid, acc / l_safe[:, None], DV, BLOCK_DV)
+    tl.store(lse_ptr + lse_offset, tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2), mask=valid)
 
 
 @triton.jit
@@ -59,15 +79,13 @@ def delta_kernel(
     heads, tokens, BLOCK: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """`rowsum(dO * O) - dLSE`, float32 `[B, S, H]`."""
-    blocks = tl.cdiv(tokens, BLOCK)
-    program = tl.program_id(0)
-    batch, head = (program // blocks // heads).to(tl.int64), (program // blocks % heads).to(tl.int64)
-    row = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    batch, head, block = place_program(tl.program_id(0), tl.cdiv(tokens, BLOCK), heads)
+    row = block * BLOCK + tl.arange(0, BLOCK)
     valid = row < tokens
-    out_ptr += batch * out_strides[0] + head * out_strides[2]
-    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[2]
-    grad_lse_ptr += batch * grad_lse_strides[0] + head * grad_lse_strides[2]
-    delta_ptr += batch * delta_strides[0] + head * delta_strides[2]
+    out_ptr += head_offset(batch, head, out_strides)
+    grad_out_ptr += head_offset(batch, head, grad_out_strides)
+    grad_lse_ptr += head_offset(batch, head, grad_lse_strides)
+    delta_ptr += head_offset(batch, head, delta_strides)
     out = load_rows(out_ptr, row_offset(row, out_strides[1]), valid, DV, BLOCK_DV).to(tl.float32)
     grad_out = load_rows(grad_out_ptr, row_offset(row, grad_out_strides[1]), valid, DV, BLOCK_DV).to(tl.float32)
     grad_lse = tl.load(grad_lse_ptr + row_offset(row, grad_lse_strides[1]), mask=valid, other=0.0).to(tl.float32)

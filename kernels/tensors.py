@@ -25,6 +25,11 @@ def batch_stride(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.stride(0)
 
 
+def pointer(x: Tensor | None, other: Tensor) -> Tensor:
+    """The tensor, or some other: a kernel adds to its pointers before it knows that nothing is there."""
+    return other if x is None else x
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """The tensor itself where channels are neighbours in memory, else a copy in which they are."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

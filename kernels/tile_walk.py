@@ -4,8 +4,10 @@ A program holds one fixed box of tokens (queries in the forward pass and for dQ,
 boxes of the other kind that its windows reach. `TRANSPOSED` says which is fixed: False for queries, True for keys. All
 positions are those of a dilation group; an axis that the grid lacks has length 1. Geometry comes in tuples (T, Y, X).
 
-Window arguments, per axis: a box has `window` (kernel size), `stride` and `CAUSAL`; a ball has `window` (weight of the
-squared steps) and one `limit`, which weighted squares stay below.
+Two tuples go from hand to hand. `geometry` is (grid, window, stride, dilation, limit): per axis, a box has `window`
+(kernel size), `stride` and `CAUSAL`; a ball has `window` (weight of the squared steps) and one `limit`, which weighted
+squares stay below. `tile` is the fixed box, (residue, length, first, last): its dilation group's residue and length,
+and its first and last positions on the grid.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import bounds
+from .token_rows import sequence_row
 
 
 @triton.jit
@@ -44,12 +47,17 @@ _farthest = _in_triton(bounds.farthest)
 
 
 @triton.jit
-def place_tile(index, grid, dilation, TILE: tl.constexpr):
-    """Dilation residue, group length and first position, each (T, Y, X), of the `index`-th box of the grid.
+def hold_tile(index, geometry, split, jump, TILE: tl.constexpr):
+    """The `index`-th box of the grid: itself, whether it holds a token, and its tokens.
 
     Boxes of one group follow each other, so that neighbours run together and share keys in the L2 cache. All groups
     have as many boxes as the longest one: a short group's last box may lie wholly outside.
+
+    Returns:
+        `tile`; whether any of it is on the grid; its tokens' positions (three vectors), whether each is on the grid,
+        and its row in a sequence that leaves out `jump` rows at `split`.
     """
+    grid, _window, _stride, dilation, _limit = geometry
     tiles_t = tl.cdiv(tl.cdiv(grid[0], dilation[0]), TILE[0])
     tiles_y = tl.cdiv(tl.cdiv(grid[1], dilation[1]), TILE[1])
     tiles_x = tl.cdiv(tl.cdiv(grid[2], dilation[2]), TILE[2])
@@ -69,7 +77,15 @@ def place_tile(index, grid, dilation, TILE: tl.constexpr):
         _group_length(grid[1], dilation[1], residue[1]),
         _group_length(grid[2], dilation[2], residue[2]),
     )
-    return residue, length, first
+    last = (
+        min(first[0] + TILE[0], length[0]) - 1,
+        min(first[1] + TILE[1], length[1]) - 1,
+        min(first[2] + TILE[2], length[2]) - 1,
+    )
+    tile = (residue, length, first, last)
+    position = moved(first, tile_steps(TILE))
+    row = sequence_row(flat_token(position, tile, geometry), split, jump)
+    return tile, inside(first, tile), position, inside(position, tile), row
 
 
 @triton.jit
@@ -80,32 +96,42 @@ def tile_steps(TILE: tl.constexpr):
 
 
 @triton.jit
-def flat_offset(position, grid, dilation):
+def moved(start, steps):
+    """Positions at these steps from a start."""
+    return start[0] + steps[0], start[1] + steps[1], start[2] + steps[2]
+
+
+@triton.jit
+def flat_offset(steps, geometry):
     """Row-major distance in tokens that these steps (T, Y, X) of a dilation group make on the grid."""
-    return (position[0] * dilation[0] * grid[1] + position[1] * dilation[1]) * grid[2] + position[2] * dilation[2]
+    grid, _window, _stride, dilation, _limit = geometry
+    return (steps[0] * dilation[0] * grid[1] + steps[1] * dilation[1]) * grid[2] + steps[2] * dilation[2]
 
 
 @triton.jit
-def flat_token(position, residue, grid, dilation):
+def flat_token(position, tile, geometry):
     """Row-major token number of a group's position (T, Y, X)."""
-    return flat_offset(position, grid, dilation) + (residue[0] * grid[1] + residue[1]) * grid[2] + residue[2]
+    grid, residue = geometry[0], tile[0]
+    return flat_offset(position, geometry) + (residue[0] * grid[1] + residue[1]) * grid[2] + residue[2]
 
 
 @triton.jit
-def inside(position, length):
-    """Whether positions (T, Y, X) lie within their group."""
+def inside(position, tile):
+    """Whether positions (T, Y, X) lie within the tile's dilation group."""
+    length = tile[1]
     return (position[0] < length[0]) & (position[1] < length[1]) & (position[2] < length[2])
 
 
 @triton.jit
-def box_interval(position, length, window, stride, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr):
+def box_interval(axis: tl.constexpr, position, tile, geometry, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr):
     """What a position of the fixed kind meets on one axis, `[start, stop)`; neither ever falls with the position."""
+    length, window, stride = tile[1][axis], geometry[1][axis], geometry[2][axis]
     if TRANSPOSED:
-        start = _box_first_query(position, length, window, stride, CAUSAL)
-        stop = _box_last_query(position, length, window, stride, CAUSAL) + 1
+        start = _box_first_query(position, length, window, stride, CAUSAL[axis])
+        stop = _box_last_query(position, length, window, stride, CAUSAL[axis]) + 1
     else:
-        start = _box_start(position, length, window, stride, CAUSAL)
-        stop = _box_stop(position, start, window, CAUSAL)
+        start = _box_start(position, length, window, stride, CAUSAL[axis])
+        stop = _box_stop(position, start, window, CAUSAL[axis])
     return start, stop
 
 
@@ -121,27 +147,19 @@ def _ball_extent(budget, weight):
 
 
 @triton.jit
-def ball_interval(first, last, length, weight, budget):
-    """What the positions `first` to `last` meet on one axis within a budget of weighted squared steps."""
-    extent = _ball_extent(budget, weight)
-    start = max(first - extent, 0)
-    stop = min(last + extent + 1, length)
-    return start, start + max(stop - start, 0) * min(extent + 1, 1)
-
-
-@triton.jit
 def met_range(
-    axis: tl.constexpr, first, last, length, window, stride, budget, BALL: tl.constexpr, CAUSAL: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """Range that any position of a fixed box meets on an axis, and the range that all of them meet (a ball: empty)."""
+    axis: tl.constexpr, tile, geometry, budget, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Range of positions on an axis that any position of the fixed box meets, a ball's within a budget of squares."""
+    _residue, length, first, last = tile
     if BALL:
-        start, stop = ball_interval(first[axis], last[axis], length[axis], window[axis], budget)
-        all_start, all_stop = start, start
+        extent = _ball_extent(budget, geometry[1][axis])
+        start = max(first[axis] - extent, 0)
+        stop = start + max(min(last[axis] + extent + 1, length[axis]) - start, 0) * min(extent + 1, 1)
     else:
-        start, all_stop = box_interval(first[axis], length[axis], window[axis], stride[axis], CAUSAL[axis], TRANSPOSED)
-        all_start, stop = box_interval(last[axis], length[axis], window[axis], stride[axis], CAUSAL[axis], TRANSPOSED)
-    return start, stop, all_start, all_stop
+        start, _stop = box_interval(axis, first[axis], tile, geometry, CAUSAL, TRANSPOSED)
+        _start, stop = box_interval(axis, last[axis], tile, geometry, CAUSAL, TRANSPOSED)
+    return start, stop
 
 
 @triton.jit
@@ -153,149 +171,151 @@ def tile_range(start, stop, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def squared_gap(axis: tl.constexpr, start, TILE: tl.constexpr, first, last, length, weight):
+def squared_gap(axis: tl.constexpr, start, tile, geometry, WALK: tl.constexpr):
     """Least weighted squared steps between a walked box's positions on an axis and those of the fixed box."""
-    gap = _nearest(start, min(start + TILE[axis], length[axis]) - 1, first[axis], last[axis])
-    return weight[axis] * gap * gap
+    _residue, length, first, last = tile
+    gap = _nearest(start, min(start + WALK[axis], length[axis]) - 1, first[axis], last[axis])
+    return geometry[1][axis] * gap * gap
 
 
 @triton.jit
-def squared_span(axis: tl.constexpr, start, TILE: tl.constexpr, first, last, weight):
+def squared_span(axis: tl.constexpr, start, tile, geometry, WALK: tl.constexpr):
     """Largest weighted squared steps between a walked box's positions on an axis and those of the fixed box."""
-    span = _farthest(start, start + TILE[axis] - 1, first[axis], last[axis])
-    return weight[axis] * span * span
+    span = _farthest(start, start + WALK[axis] - 1, tile[2][axis], tile[3][axis])
+    return geometry[1][axis] * span * span
+
+
+# ---- the walk: slabs of boxes that start at one position on T, in them rows of boxes that start at one on Y ----
 
 
 @triton.jit
-def boxes_of_row(
-    y, budget, first, last, length, window, stride, BALL: tl.constexpr, CAUSAL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, WALK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+def open_walk(tile, exists, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+              WALK: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """Position of the first slab, and the number of slabs; none for a box that is not on the grid."""
+    start, stop = met_range(0, tile, geometry, geometry[4], BALL, CAUSAL, TRANSPOSED)
+    t, slabs = tile_range(start, stop, WALK[0], ALIGNED)
+    return t, tl.where(exists, slabs, 0)
+
+
+@triton.jit
+def open_slab(t, tile, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+              WALK: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """First box (y, x) of a slab, boxes left in its row, boxes in all rows, and the budget of squares on Y and X.
+
+    Every row of a slab holds a box, so the walk over a slab is one loop without holes, which Triton can pipeline.
+    """
+    budget = geometry[4]
+    if BALL:
+        budget -= squared_gap(0, t, tile, geometry, WALK)
+    start, stop = met_range(1, tile, geometry, budget, BALL, CAUSAL, TRANSPOSED)
+    y, rows = tile_range(start, stop, WALK[1], ALIGNED)
+    x, x_left = boxes_of_row(y, budget, tile, geometry, BALL, CAUSAL, TRANSPOSED, WALK, ALIGNED)
+    boxes = rows * x_left
+    if BALL:
+        boxes = 0
+        for row in range(rows):
+            _x, more = boxes_of_row(y + row * WALK[1], budget, tile, geometry, BALL, CAUSAL, TRANSPOSED, WALK, ALIGNED)
+            boxes += more
+    return y, x, x_left, boxes, budget
+
+
+@triton.jit
+def boxes_of_row(y, budget, tile, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+                 WALK: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """First position on the X axis and number of the boxes that start at `y` and are met."""
     if BALL:
-        budget -= squared_gap(1, y, WALK, first, last, length, window)
-    start, stop, _, _ = met_range(2, first, last, length, window, stride, budget, BALL, CAUSAL, TRANSPOSED)
+        budget -= squared_gap(1, y, tile, geometry, WALK)
+    start, stop = met_range(2, tile, geometry, budget, BALL, CAUSAL, TRANSPOSED)
     return tile_range(start, stop, WALK[2], ALIGNED)
 
 
 @triton.jit
-def is_interior(
-    start, first, last, length, window, stride, limit, BALL: tl.constexpr, CAUSAL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, WALK: tl.constexpr,
-):  # fmt: skip
+def next_box(y, x, x_left, budget, tile, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+             WALK: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """The box after (y, x) in its slab; without a branch, which would keep Triton from pipelining the loads."""
+    row_end = x_left == 1
+    row_x, row_boxes = boxes_of_row(y + WALK[1], budget, tile, geometry, BALL, CAUSAL, TRANSPOSED, WALK, ALIGNED)
+    y = tl.where(row_end, y + WALK[1], y)
+    x = tl.where(row_end, row_x, x + WALK[2])
+    return y, x, tl.where(row_end, row_boxes, x_left - 1)
+
+
+# ---- which pairs of a fixed and a walked box are visible ----
+
+
+@triton.jit
+def is_interior(start, tile, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+                WALK: tl.constexpr):  # fmt: skip
     """Whether the walked box at `start` is wholly on the grid and every pair with the fixed box is visible."""
     if BALL:
         squares = (
-            squared_span(0, start[0], WALK, first, last, window)
-            + squared_span(1, start[1], WALK, first, last, window)
-            + squared_span(2, start[2], WALK, first, last, window)
+            squared_span(0, start[0], tile, geometry, WALK)
+            + squared_span(1, start[1], tile, geometry, WALK)
+            + squared_span(2, start[2], tile, geometry, WALK)
         )
-        end = (start[0] + WALK[0] - 1, start[1] + WALK[1] - 1, start[2] + WALK[2] - 1)
-        result = (squares < limit) & inside(end, length)
+        end = moved(start, (WALK[0] - 1, WALK[1] - 1, WALK[2] - 1))
+        result = (squares < geometry[4]) & inside(end, tile)
     else:
-        _, _, start_t, stop_t = met_range(0, first, last, length, window, stride, limit, BALL, CAUSAL, TRANSPOSED)
-        _, _, start_y, stop_y = met_range(1, first, last, length, window, stride, limit, BALL, CAUSAL, TRANSPOSED)
-        _, _, start_x, stop_x = met_range(2, first, last, length, window, stride, limit, BALL, CAUSAL, TRANSPOSED)
         result = (
-            (start[0] >= start_t) & (start[0] + WALK[0] <= stop_t)
-            & (start[1] >= start_y) & (start[1] + WALK[1] <= stop_y)
-            & (start[2] >= start_x) & (start[2] + WALK[2] <= stop_x)
-        )  # fmt: skip
+            _all_meet(0, start[0], tile, geometry, CAUSAL, TRANSPOSED, WALK)
+            & _all_meet(1, start[1], tile, geometry, CAUSAL, TRANSPOSED, WALK)
+            & _all_meet(2, start[2], tile, geometry, CAUSAL, TRANSPOSED, WALK)
+        )
     return result
 
 
 @triton.jit
-def fixed_intervals(
-    position, length, window, stride, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr
-):
-    """Per token of the fixed box, what it meets on each axis: three pairs of vectors; a ball needs none (positions)."""
+def _all_meet(axis: tl.constexpr, start, tile, geometry, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+              WALK: tl.constexpr):  # fmt: skip
+    """Whether every position of the fixed box meets all of the walked one on an axis."""
+    _first_start, common_stop = box_interval(axis, tile[2][axis], tile, geometry, CAUSAL, TRANSPOSED)
+    common_start, _last_stop = box_interval(axis, tile[3][axis], tile, geometry, CAUSAL, TRANSPOSED)
+    return (start >= common_start) & (start + WALK[axis] <= common_stop)
+
+
+@triton.jit
+def fixed_intervals(position, tile, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Per token of the fixed box, what it meets on each axis, (start, stop) thrice; of a ball, its position twice."""
     if BALL:
-        result = (position[0], position[0], position[1], position[1], position[2], position[2])
+        result = ((position[0], position[0]), (position[1], position[1]), (position[2], position[2]))
     else:
-        start_t, stop_t = box_interval(position[0], length[0], window[0], stride[0], CAUSAL[0], TRANSPOSED)
-        start_y, stop_y = box_interval(position[1], length[1], window[1], stride[1], CAUSAL[1], TRANSPOSED)
-        start_x, stop_x = box_interval(position[2], length[2], window[2], stride[2], CAUSAL[2], TRANSPOSED)
-        result = (start_t, stop_t, start_y, stop_y, start_x, stop_x)
+        result = (
+            box_interval(0, position[0], tile, geometry, CAUSAL, TRANSPOSED),
+            box_interval(1, position[1], tile, geometry, CAUSAL, TRANSPOSED),
+            box_interval(2, position[2], tile, geometry, CAUSAL, TRANSPOSED),
+        )
     return result
 
 
 @triton.jit
-def visible_pairs(intervals, walked, length, window, limit, BALL: tl.constexpr, AXES: tl.constexpr):
+def visible_pairs(intervals, walked, tile, geometry, BALL: tl.constexpr, AXES: tl.constexpr):
     """Which pair of fixed token (row) and walked token (column) the window holds, bool `[fixed, walked]`.
 
     Boxes have one token on an axis before the first of the `AXES`: nothing is to be seen there.
     """
     if BALL:
-        x = intervals[4][:, None] - walked[2][None, :]
-        squares = x * x * window[2]
+        squares = _squares(2, intervals, walked, geometry)
         if AXES > 1:
-            y = intervals[2][:, None] - walked[1][None, :]
-            squares += y * y * window[1]
+            squares += _squares(1, intervals, walked, geometry)
         if AXES > 2:
-            t = intervals[0][:, None] - walked[0][None, :]
-            squares += t * t * window[0]
-        result = (squares < limit) & inside(walked, length)[None, :]
+            squares += _squares(0, intervals, walked, geometry)
+        result = (squares < geometry[4]) & inside(walked, tile)[None, :]
     else:
-        result = (walked[2][None, :] >= intervals[4][:, None]) & (walked[2][None, :] < intervals[5][:, None])
+        result = _meets(2, intervals, walked)
         if AXES > 1:
-            result &= (walked[1][None, :] >= intervals[2][:, None]) & (walked[1][None, :] < intervals[3][:, None])
+            result &= _meets(1, intervals, walked)
         if AXES > 2:
-            result &= (walked[0][None, :] >= intervals[0][:, None]) & (walked[0][None, :] < intervals[1][:, None])
+            result &= _meets(0, intervals, walked)
     return result
 
 
 @triton.jit
-def last_positions(first, length, TILE: tl.constexpr):
-    """Last position (T, Y, X) of a box that is on the grid."""
-    return (
-        min(first[0] + TILE[0], length[0]) - 1,
-        min(first[1] + TILE[1], length[1]) - 1,
-        min(first[2] + TILE[2], length[2]) - 1,
-    )
+def _squares(axis: tl.constexpr, intervals, walked, geometry):
+    steps = intervals[axis][0][:, None] - walked[axis][None, :]
+    return steps * steps * geometry[1][axis]
 
 
 @triton.jit
-def slab_budget(t, first, last, length, window, limit, BALL: tl.constexpr, WALK: tl.constexpr):
-    """What weighted squared steps on Y and X may still sum to for the boxes that start at `t`."""
-    if BALL:
-        limit -= squared_gap(0, t, WALK, first, last, length, window)
-    return limit
-
-
-@triton.jit
-def open_slab(
-    t, first, last, length, window, stride, limit, BALL: tl.constexpr, CAUSAL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, WALK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """First box (y, x) that starts at `t` and is met, boxes left in its row, and boxes in all rows together.
-
-    Every row of a slab holds a box, so the walk over a slab is one loop without holes, which Triton can pipeline.
-    """
-    budget = slab_budget(t, first, last, length, window, limit, BALL, WALK)
-    start, stop, _, _ = met_range(1, first, last, length, window, stride, budget, BALL, CAUSAL, TRANSPOSED)
-    y, rows = tile_range(start, stop, WALK[1], ALIGNED)
-    x, x_left = boxes_of_row(y, budget, first, last, length, window, stride, BALL, CAUSAL, TRANSPOSED, WALK, ALIGNED)
-    boxes = rows * x_left
-    if BALL:
-        boxes = 0
-        for row in range(rows):
-            _, more = boxes_of_row(
-                y + row * WALK[1], budget, first, last, length, window, stride, BALL, CAUSAL, TRANSPOSED, WALK, ALIGNED
-            )
-            boxes += more
-    return y, x, x_left, boxes
-
-
-@triton.jit
-def next_box(
-    y, x, x_left, budget, first, last, length, window, stride, BALL: tl.constexpr, CAUSAL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, WALK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """The box after (y, x) in its slab; without a branch, which would keep Triton from pipelining the loads."""
-    row_end = x_left == 1
-    row_x, row_boxes = boxes_of_row(
-        y + WALK[1], budget, first, last, length, window, stride, BALL, CAUSAL, TRANSPOSED, WALK, ALIGNED
-    )
-    y = tl.where(row_end, y + WALK[1], y)
-    x = tl.where(row_end, row_x, x + WALK[2])
-    return y, x, tl.where(row_end, row_boxes, x_left - 1)
+def _meets(axis: tl.constexpr, intervals, walked):
+    start, stop = intervals[axis]
+    return (walked[axis][None, :] >= start[:, None]) & (walked[axis][None, :] < stop[:, None])

@@ -7,6 +7,18 @@ import triton.language as tl
 
 
 @triton.jit
+def place_program(program, tiles, heads):
+    """Batch item, head (64 bits each) and tile of a program: tiles of one head follow each other."""
+    return (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64), program % tiles
+
+
+@triton.jit
+def head_offset(batch, head, strides):
+    """Elements before a batch item's head; strides are those of batch, token and head."""
+    return batch * strides[0] + head * strides[2]
+
+
+@triton.jit
 def sequence_row(token, split, jump):
     """Row in the sequence of the `token`-th member of a set that leaves out `jump` rows at `split`."""
     return tl.where(token >= split, token + jump, token)

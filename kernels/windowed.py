@@ -22,6 +22,7 @@ from .tensors import (
     empty_like,
     head_constants,
     on_device,
+    pointer,
     strides,
     unit_rows,
 )
@@ -192,7 +193,8 @@ def forward(
         extra = _extra_arguments(call, part.sees_extra)
         with on_device(query):
             _windowed_forward_kernel[(query.shape[0] * query.shape[2] * tiles,)](
-                query, key, value, call.bias, *extra.pointers, output, lse, counters if counted else None,
+                query, key, value, pointer(call.bias, query), *extra.pointers(query), output, lse,
+                counters if counted else None,
                 strides(query), strides(key), strides(value), *extra.strides, strides(output), lse.stride(),
                 batch_stride(call.bias), extra.bias_stride,
                 query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
@@ -239,7 +241,7 @@ def _launch_dq(
     tiles = geometry.tiles(tile)
     with on_device(query):
         _windowed_backward_dq_kernel[(query.shape[0] * query.shape[2] * tiles,)](
-            query, key, value, call.bias, *extra.pointers, grad_output, lse, delta, grad_q,
+            query, key, value, pointer(call.bias, query), *extra.pointers(query), grad_output, lse, delta, grad_q,
             strides(query), strides(key), strides(value), *extra.strides, strides(grad_output), lse.stride(),
             strides(grad_q), batch_stride(call.bias), extra.bias_stride,
             query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
@@ -269,7 +271,7 @@ def _launch_dkv(
     tiles = geometry.tiles(tile)
     with on_device(query):
         _windowed_backward_dkv_kernel[(key.shape[0] * key.shape[2] * tiles,)](
-            query, key, value, bias, grad_output, lse, delta, *grads,
+            query, key, value, pointer(bias, query), grad_output, lse, delta, *grads,
             strides(query), strides(key), strides(value), strides(grad_output), lse.stride(),
             *map(strides, grads), batch_stride(bias),
             key.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
@@ -281,24 +283,32 @@ def _launch_dkv(
 
 @dataclass(frozen=True)
 class _Extra:
-    """The extra keys' arguments of a launch; those of no extra keys stand for nothing."""
+    """The extra keys of a launch, if any."""
 
-    pointers: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     strides: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (0, 0, 0))
-    bias_stride: int = 0
-    tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.tensors[0] is None else self.tensors[0].shape[1]
 
     @property
     def has_bias(self) -> bool:
-        return self.pointers[2] is not None
+        return self.tensors[2] is not None
+
+    @property
+    def bias_stride(self) -> int:
+        return batch_stride(self.tensors[2])
+
+    def pointers(self, query: Tensor) -> list[Tensor]:
+        return [pointer(x, query) for x in self.tensors]
 
 
 def _extra_arguments(call: Call, seen: bool) -> _Extra:
     if call.extra_key is None or call.extra_value is None or call.extra_tokens == 0 or not seen:
         return _Extra()
     key, value = unit_rows(call.extra_key), unit_rows(call.extra_value)
-    bias_stride = batch_stride(call.extra_bias)
-    return _Extra((key, value, call.extra_bias), (strides(key), strides(value)), bias_stride, call.extra_tokens)
+    return _Extra((key, value, call.extra_bias), (strides(key), strides(value)))
 
 
 def _window(geometry: Geometry) -> tuple[Any, ...]:

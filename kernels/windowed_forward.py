@@ -9,24 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import LN2, LOG2E, LOWEST, softmax_step
-from .tile_walk import (
-    fixed_intervals,
-    flat_offset,
-    flat_token,
-    inside,
-    is_interior,
-    last_positions,
-    met_range,
-    next_box,
-    open_slab,
-    place_tile,
-    slab_budget,
-    tile_range,
-    tile_steps,
-    visible_pairs,
-)
-from .token_rows import load_rows, row_offset, sequence_row, store_rows
+from .softmax import LOG2E, LOWEST, softmax_step, store_softmax
+from .tile_walk import fixed_intervals, flat_offset, hold_tile, next_box, open_slab, open_walk, tile_steps
+from .token_rows import head_offset, load_rows, place_program, row_offset
+from .windowed_keys import keys_of_box, keys_of_rows
 
 
 @triton.jit
@@ -47,22 +33,14 @@ def _windowed_forward_kernel(
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
     BLOCK_K: tl.constexpr = KV_TILE[0] * KV_TILE[1] * KV_TILE[2]
-    program = tl.program_id(0)
-    batch, head = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
+    batch, head, index = place_program(tl.program_id(0), tiles, heads)
     kv_head = head // heads_per_kv
-    q_ptr += batch * q_strides[0] + head * q_strides[2]
-    k_ptr += batch * k_strides[0] + kv_head * k_strides[2]
-    v_ptr += batch * v_strides[0] + kv_head * v_strides[2]
-    out_ptr += batch * out_strides[0] + head * out_strides[2]
-    lse_ptr += batch * lse_strides[0] + head * lse_strides[2]
-
-    residue, length, first = place_tile(program % tiles, grid, dilation, Q_TILE)
-    last = last_positions(first, length, Q_TILE)
-    exists = inside(first, length)
-    q_steps = tile_steps(Q_TILE)
-    position = (first[0] + q_steps[0], first[1] + q_steps[1], first[2] + q_steps[2])
-    q_valid = inside(position, length)
-    q_row = sequence_row(flat_token(position, residue, grid, dilation), q_split, q_jump)
+    k_ptr += head_offset(batch, kv_head, k_strides)
+    v_ptr += head_offset(batch, kv_head, v_strides)
+    bias_ptr += batch * bias_stride
+    geometry = (grid, window, stride, dilation, limit)
+    tile, exists, position, q_valid, q_row = hold_tile(index, geometry, q_split, q_jump, Q_TILE)
+    q_ptr += head_offset(batch, head, q_strides)
     q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
     factor = scale * LOG2E
 
@@ -72,75 +50,47 @@ def _windowed_forward_kernel(
     visited, masked = 0, 0
 
     if WINDOWED:
-        intervals = fixed_intervals(position, length, window, stride, BALL, CAUSAL, False)
+        intervals = fixed_intervals(position, tile, geometry, BALL, CAUSAL, False)
         k_steps = tile_steps(KV_TILE)
-        k_offset = flat_offset(k_steps, grid, dilation).to(OFFSET)
-        start_t, stop_t, _, _ = met_range(0, first, last, length, window, stride, limit, BALL, CAUSAL, False)
-        t, tiles_t = tile_range(start_t, stop_t, KV_TILE[0], ALIGNED)
-        for _slab in range(tl.where(exists, tiles_t, 0)):
-            y, x, x_left, boxes = open_slab(
-                t, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE, ALIGNED
-            )
-            budget = slab_budget(t, first, last, length, window, limit, BALL, KV_TILE)
+        k_offset = flat_offset(k_steps, geometry).to(OFFSET)
+        t, slabs = open_walk(tile, exists, geometry, BALL, CAUSAL, False, KV_TILE, ALIGNED)
+        for _slab in range(slabs):
+            y, x, x_left, boxes, budget = open_slab(t, tile, geometry, BALL, CAUSAL, False, KV_TILE, ALIGNED)
             for _box in range(boxes):
-                start = (t, y, x)
-                walked = (t + k_steps[0], y + k_steps[1], x + k_steps[2])
-                k_valid = inside(walked, length)
-                k_row = sequence_row(flat_token(start, residue, grid, dilation), k_split, k_jump).to(tl.int64)
-                k = load_rows(k_ptr + row_offset(k_row, k_strides[1]), k_offset * k_strides[1], k_valid, D, BLOCK_D)
-                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor  # [BLOCK_Q, BLOCK_K]
-                if HAS_BIAS:
-                    bias = tl.load(bias_ptr + batch * bias_stride + k_row + k_offset, mask=k_valid, other=0.0)
-                    logits += bias.to(tl.float32)[None, :] * LOG2E
-                interior = is_interior(start, first, last, length, window, stride, limit, BALL, CAUSAL, False, KV_TILE)
-                if not interior:
-                    pairs = visible_pairs(intervals, walked, length, window, limit, BALL, AXES)
-                    logits = tl.where(pairs, logits, float("-inf"))
-                v = load_rows(v_ptr + row_offset(k_row, v_strides[1]), k_offset * v_strides[1], k_valid, DV, BLOCK_DV)
+                logits, _k, v, interior = keys_of_box(
+                    q, (t, y, x), k_ptr, v_ptr, bias_ptr, k_strides[1], v_strides[1], k_steps, k_offset, k_split,
+                    k_jump, tile, geometry, intervals, factor, BALL, CAUSAL, AXES, HAS_BIAS, KV_TILE, D, DV, BLOCK_D,
+                    BLOCK_DV, PRECISION,
+                )  # fmt: skip
                 acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
                 if COUNT:
                     visited += 1
                     masked += tl.where(interior, 0, 1)
-                y, x, x_left = next_box(
-                    y, x, x_left, budget, first, last, length, window, stride, BALL, CAUSAL, False, KV_TILE, ALIGNED
-                )
+                y, x, x_left = next_box(y, x, x_left, budget, tile, geometry, BALL, CAUSAL, False, KV_TILE, ALIGNED)
             t += KV_TILE[0]
 
     for begin in range(0, tl.where(exists, row_count, 0), BLOCK_K):
-        token = begin + tl.arange(0, BLOCK_K)
-        k_valid = token < row_count
-        k_row = sequence_row(token, row_split, row_jump)
-        k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + batch * bias_stride + k_row, mask=k_valid, other=0.0)
-            logits += bias.to(tl.float32)[None, :] * LOG2E
-        if begin + BLOCK_K > row_count:
-            logits = tl.where(k_valid[None, :], logits, float("-inf"))
-        v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
+        logits, _k, v = keys_of_rows(
+            q, begin, k_ptr, v_ptr, bias_ptr, k_strides[1], v_strides[1], row_count, row_split, row_jump, factor,
+            HAS_BIAS, BLOCK_K, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
     if HAS_EXTRA:
-        extra_k_ptr += batch * extra_k_strides[0] + kv_head * extra_k_strides[2]
-        extra_v_ptr += batch * extra_v_strides[0] + kv_head * extra_v_strides[2]
+        extra_k_ptr += head_offset(batch, kv_head, extra_k_strides)
+        extra_v_ptr += head_offset(batch, kv_head, extra_v_strides)
+        extra_bias_ptr += batch * extra_bias_stride
         for begin in range(0, tl.where(exists, extra_count, 0), BLOCK_K):
-            token = begin + tl.arange(0, BLOCK_K)
-            k_valid = token < extra_count
-            k = load_rows(extra_k_ptr, row_offset(token, extra_k_strides[1]), k_valid, D, BLOCK_D)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-            if HAS_EXTRA_BIAS:
-                bias = tl.load(extra_bias_ptr + batch * extra_bias_stride + token, mask=k_valid, other=0.0)
-                logits += bias.to(tl.float32)[None, :] * LOG2E
-            if begin + BLOCK_K > extra_count:
-                logits = tl.where(k_valid[None, :], logits, float("-inf"))
-            v = load_rows(extra_v_ptr, row_offset(token, extra_v_strides[1]), k_valid, DV, BLOCK_DV)
+            logits, _k, v = keys_of_rows(
+                q, begin, extra_k_ptr, extra_v_ptr, extra_bias_ptr, extra_k_strides[1], extra_v_strides[1], extra_count,
+                extra_count, 0, factor, HAS_EXTRA_BIAS, BLOCK_K, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
             acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
-    empty = l_i == 0.0
-    l_safe = tl.where(empty, 1.0, l_i)
-    store_rows(out_ptr, row_offset(q_row, out_strides[1]), q_valid, acc / l_safe[:, None], DV, BLOCK_DV)
-    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
-    tl.store(lse_ptr + row_offset(q_row, lse_strides[1]), lse, mask=q_valid)
+    store_softmax(
+        out_ptr + head_offset(batch, head, out_strides), lse_ptr + head_offset(batch, head, lse_strides),
+        row_offset(q_row, out_strides[1]), row_offset(q_row, lse_strides[1]), q_valid, acc, l_i, m_i, DV, BLOCK_DV,
+    )  # fmt: skip
     if COUNT:
-        tl.store(counter_ptr + 2 * program, visited)
-        tl.store(counter_ptr + 2 * program + 1, masked)
+        tl.store(counter_ptr + 2 * tl.program_id(0), visited)
+        tl.store(counter_ptr + 2 * tl.program_id(0) + 1, masked)

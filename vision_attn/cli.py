@@ -6,10 +6,9 @@ so that `vision-attn --help` is quick.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,9 +28,8 @@ from vision_attn.command_input import (
     require_writable,
     spread,
 )
+from vision_attn.command_process import mistake, progress, restart_with_passive_threads
 
-# Whatever typer builds on, a wrong option or value is a BadParameter or its base.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _INTERRUPTED = 130  # the shell's code for Ctrl-C; some versions of typer return it, others raise Abort
 _DEFAULT_OPERATORS = ["dense", "clear(radius=8)", "neighborhood(kernel_size=13)"]
 _DEFAULT_GRID = "64x64"
@@ -115,7 +113,7 @@ def compare(
     picture, numbers = out / "compare.png", out / "compare.json"
     require_writable(out, picture, numbers)
     pipe, request = load(model, request, device, dtype)
-    with _progress(runs_of(operators, repeats=repeats, warmup=warmup, device=pipe.device), "image") as on_run:
+    with progress(runs_of(operators, repeats=repeats, warmup=warmup, device=pipe.device), "image") as on_run:
         comparison = run(
             pipe,
             operators,
@@ -244,7 +242,7 @@ def bench(
     own = [Case(va.parse(text), size, heads, head_dim) for text in ops or ()]
     place = read_device(device)
     cases = own or [replace(case, heads=heads, head_dim=head_dim) for case in STANDARD_CASES]
-    with _progress(None, "run") as on_run:
+    with progress(None, "run") as on_run:
         report = bench_report(
             cases,
             repeats=repeats,
@@ -346,7 +344,7 @@ def tune(
     chosen, types = kernels or tuning.KERNELS, dtypes or ["bfloat16"]
     tuning.require(chosen, types)
     require_writable(out, out)
-    with _progress(None, "launch") as on_run:
+    with progress(None, "launch") as on_run:
         table = tuning.tune(chosen, head_dims or [64, 128], types, on_run=on_run)
     content = tuning.to_json(table).encode()
     write_all({out: lambda file: file.write(content)}, on_ready=_appearing.extend)
@@ -390,13 +388,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     _appearing.clear()
     if arguments is None and typed[:1] in (["bench"], ["compare"]):
-        _restart_with_passive_threads()
+        restart_with_passive_threads()
     try:
         code = app(spread(typed or ["--help"]), prog_name="vision-attn", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
-        message = _mistake(error)
+        message = mistake(error)
         if os.environ.get("VISION_ATTN_TRACEBACK") or message is None:
             raise
         typer.echo(f"vision-attn: {' '.join(message.split())}", err=True)
@@ -406,56 +404,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = f"each of {files} is whole or as it was before" if files else "nothing was written"
         typer.echo(f"vision-attn: interrupted, {done}", err=True)
     sys.exit(code)
-
-
-def _restart_with_passive_threads() -> None:
-    """Start this process again with threads that sleep while they wait, unless the user has decided already.
-
-    OpenMP reads the variable when torch is loaded, which has happened. Spinning threads beside another busy process
-    slowed code of many small operations down tenfold, so that timings said more about the machine than about the code.
-    """
-    if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.execv(sys.executable, [sys.executable, "-m", "vision_attn.cli", *sys.argv[1:]])
-
-
-def _mistake(error: Exception) -> str | None:
-    """What to tell the user; None for a bug, whose traceback is worth more.
-
-    A mistake is one of the kinds that this package raises for what it was given (a bug may raise them as well), or more
-    than the memory holds. VISION_ATTN_TRACEBACK=1 in the environment shows where it came from.
-    """
-    import vision_attn as va
-
-    if _is_out_of_memory(error):
-        return "out of memory: what was asked for needs more memory than there is: ask for a smaller size"
-    kinds = (_UsageError, va.PatchError, ValueError, TypeError, ImportError, OSError, NotImplementedError)
-    if not isinstance(error, kinds):
-        return None
-    return error.format_message() if hasattr(error, "format_message") else str(error)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch has a class of its own for GPUs; on the CPU the text must tell. An error made of such a one counts too."""
-    import torch
-
-    here = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-    return here or (error.__cause__ is not None and _is_out_of_memory(error.__cause__))
-
-
-@contextlib.contextmanager
-def _progress(total: int | None, unit: str) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error; gives the function that moves it on and names what was done."""
-    from tqdm import tqdm
-
-    pause = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file needs no line per image
-    with tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True, mininterval=pause) as bar:
-
-        def on_run(name: str) -> None:
-            bar.set_description(name, refresh=False)
-            bar.update()
-
-        yield on_run
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import vision_attn as va
 from vision_attn.kernels.geometry import geometry_of
@@ -57,6 +58,15 @@ def test_activation_checkpointing_recomputes_the_same_gradients():
     again = torch.utils.checkpoint.checkpoint(operator_call, *inputs, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(again.square().sum(), inputs), plain, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
+def test_forward_mode_is_refused_and_not_taken_for_zero():
+    q, k, v = (x.detach() for x in tensors())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="backend='triton' has no forward-mode derivative"):
+            operator_call(dual, k, v)
 
 
 def test_a_patched_model_runs_on_the_kernels(monkeypatch, tiny_flux_folder):

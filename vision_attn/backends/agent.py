@@ -39,16 +39,10 @@ def dense_agent(
 
 
 def tiled_agent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    agent_bias: Tensor | None,
-    query_bias: Tensor | None,
-    scale: float,
-    query_scale: float,
-) -> Tensor:
-    """The same by two fused attentions; memory is linear in the tokens."""
+    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, agent_bias: Tensor | None, query_bias: Tensor | None,
+    scale: float, query_scale: float,
+) -> Tensor:  # fmt: skip
+    """`dense_agent` by two fused attentions; memory is linear in the tokens."""
     q, k, v, a = (x.transpose(1, 2) for x in (query, key, value, agents))
     collected = scaled_dot_product_attention(
         a, k, v, attn_mask=_like(agent_bias, query), scale=scale, enable_gqa=a.shape[1] != k.shape[1]

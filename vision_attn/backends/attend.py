@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # Elements of one chunk of logits: 2**22 float32 are 16 MiB, within a desktop CPU's caches and small on any GPU.
 CHUNK_ELEMENTS = 2**22
@@ -232,3 +233,11 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
 def finite(lse: Tensor) -> Tensor:
     """The log-sum-exp with 0 where a query has no keys: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)
+
+
+def refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
+    """Custom ops have no forward-mode derivative, and torch would take zero for it without a word."""
+    if backend == "dense" or torch.compiler.is_compiling():
+        return
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"backend={backend!r} has no forward-mode derivative: use backend='dense'")

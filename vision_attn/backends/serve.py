@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.utils._pytree import tree_leaves
 
 from vision_attn.backends.agent import dense_agent, tiled_agent
-from vision_attn.backends.attend import accumulator, attend, finite, logsumexp
+from vision_attn.backends.attend import accumulator, attend, finite, logsumexp, refuse_forward_mode
 from vision_attn.backends.blocks import block_sparse as tiled_block_sparse
 from vision_attn.backends.blocks import dense_block_sparse
 from vision_attn.backends.dense import dense_attention, dense_windowed
@@ -52,7 +52,7 @@ def windowed(
     Raises:
         NotImplementedError: the backend has no such feature.
     """
-    _refuse_forward_mode(backend, query, key, value)
+    refuse_forward_mode(backend, query, key, value)
     if backend == "triton":
         return triton_windowed(query, key, value, reach, scale, key_bias=key_bias, extra=extra)
     if backend not in ("dense", "tiled") and any(bias is not None for bias in (key_bias, *(e[2] for e in extra))):
@@ -75,21 +75,13 @@ def _needs_gradient(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
 
 
-def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
-    """Custom ops have no forward-mode derivative, and torch would take zero for it without a word."""
-    if backend == "dense" or torch.compiler.is_compiling():
-        return
-    if any(unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError(f"backend={backend!r} has no forward-mode derivative: use backend='dense'")
-
-
 def full(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, *, backend: str = "tiled"
 ) -> tuple[Tensor, Tensor]:
     """Attention over all keys, with an additive mask broadcastable to `[B, H, Sq, Sk]`; output and log-sum-exp."""
     if backend == "dense":
         return dense_attention(query, key, value, attn_mask, scale)
-    _refuse_forward_mode(backend, query, key, value)
+    refuse_forward_mode(backend, query, key, value)
     return attend(query, key, value, attn_mask, scale)
 
 
@@ -108,7 +100,7 @@ def block_sparse(
     Raises:
         NotImplementedError: the backend has no such feature.
     """
-    _refuse_forward_mode(backend, query, key, value)
+    refuse_forward_mode(backend, query, key, value)
     if backend == "dense":
         return dense_block_sparse(query, key, value, block_index, blocks, scale)
     if backend == "tiled":
@@ -119,16 +111,7 @@ def block_sparse(
 
 
 def agent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    agent_bias: Tensor | None,
-    query_bias: Tensor | None,
-    scale: float,
-    query_scale: float,
-    *,
-    backend: str = "tiled",
+    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, *biases_and_scales: Any, backend: str = "tiled"
 ) -> Tensor:
     """Agent attention; arguments as `vision_attn.backends.agent.dense_agent`.
 
@@ -138,9 +121,7 @@ def agent(
     calls = {"dense": dense_agent, "tiled": tiled_agent, "triton": triton_agent}
     if backend not in calls:
         raise NotImplementedError(f"backend={backend!r} has no agent attention: use backend='tiled'")
-    if backend == "triton":
-        _refuse_forward_mode(backend, query, key, value, agents)
-    return calls[backend](query, key, value, agents, agent_bias, query_bias, scale, query_scale)
+    return calls[backend](query, key, value, agents, *biases_and_scales)
 
 
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

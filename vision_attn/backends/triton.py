@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vision_attn.backends.attend import refuse_forward_mode
 from vision_attn.kernels.reach import Ball, Reach, to_arguments
 
 # What the kernels' own tables cover.
@@ -91,9 +93,7 @@ def triton_windowed(
     Raises:
         NotImplementedError: a dtype, head dim or device that the kernels do not take.
     """
-    reason = why_not_served(query, value, reach)
-    if reason is not None:
-        raise NotImplementedError(f"backend='triton' {reason}: use backend='tiled'")
+    _require_served(query, key, value, reach)
     from vision_attn.kernels.windowed import windowed
 
     extra_key, extra_value, extra_bias = _joined(query, extra)
@@ -109,35 +109,29 @@ def triton_block_sparse(
     Raises:
         NotImplementedError: a dtype, head dim or device that the kernels do not take.
     """
-    reason = why_not_served(query, value)
-    if reason is not None:
-        raise NotImplementedError(f"backend='triton' {reason}: use backend='tiled'")
+    _require_served(query, key, value)
     from vision_attn.kernels.block_sparse import block_sparse
 
     return block_sparse(query, key, value, block_index, *blocks, scale)
 
 
-def triton_agent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    agent_bias: Tensor | None,
-    query_bias: Tensor | None,
-    scale: float,
-    query_scale: float,
-) -> Tensor:
+def triton_agent(query: Tensor, key: Tensor, value: Tensor, agents: Tensor, *biases_and_scales: Any) -> Tensor:
     """Agent attention; arguments as `vision_attn.backends.agent.dense_agent`.
 
     Raises:
         NotImplementedError: a dtype, head dim or device that the kernels do not take.
     """
-    reason = why_not_served(query, value)
-    if reason is not None:
-        raise NotImplementedError(f"backend='triton' {reason}: use backend='tiled'")
+    _require_served(query, key, value)
     from vision_attn.kernels.biased import agent
 
-    return agent(query, key, value, agents, agent_bias, query_bias, scale, query_scale)
+    return agent(query, key, value, agents, *biases_and_scales)
+
+
+def _require_served(query: Tensor, key: Tensor, value: Tensor, reach: Reach | None = None) -> None:
+    reason = why_not_served(query, value, reach)
+    if reason is not None:
+        raise NotImplementedError(f"backend='triton' {reason}: use backend='tiled'")
+    refuse_forward_mode("triton", query, key, value)
 
 
 def _arguments(reach: Reach) -> tuple[list[int], list[int], list[int], list[int], list[bool], int]:

@@ -20,9 +20,11 @@ from .tensors import (
     empty_like,
     head_constants,
     on_device,
+    per_query_head,
     pointer,
     power_of_two,
     strides,
+    sum_groups,
     unit_rows,
 )
 
@@ -176,21 +178,21 @@ def backward(
     """`biased_backward` with chosen launches and splits, for dQ (of the keys) and for dK and dV (of the queries)."""
     query, key, value = (unit_rows(x) for x in (call.query, call.key, call.value))
     grad_output = unit_rows(grad_output)
-    (batch, queries, heads, _), (_, keys, heads_kv, _) = query.shape, key.shape
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
     config_dq, config_dkv = configs or (call.config("biased_backward_dq"), call.config("biased_backward_dkv"))
     programs_dq = batch * heads * -(-queries // config_dq.q_tokens)
-    programs_dkv = batch * heads_kv * -(-keys // config_dkv.kv_tokens)
+    programs_dkv = batch * heads * -(-keys // config_dkv.kv_tokens)
     splits_dq, splits_dkv = splits or (
         splits_for(query.device, programs_dq, -(-keys // config_dq.kv_tokens)),
         splits_for(query.device, programs_dkv, -(-queries // config_dkv.q_tokens)),
     )
-    grads_q = _parts(query, splits_dq)
-    grads_k, grads_v = (_parts(x, splits_dkv) for x in (key, value))
+    grads_q = per_query_head(query, query, splits_dq)
+    grads_k, grads_v = (per_query_head(x, query, splits_dkv) for x in (key, value))
     bias, bias_strides = call.full_bias
     grad_bias = query.new_empty(batch, heads, queries, keys, dtype=torch.float32) if bias_gradient else None
     if programs_dq == 0:
-        empty = [x.zero_()[0] for x in (grads_q, grads_k, grads_v)]
-        return empty if call.bias is None or not bias_gradient else [*empty, torch.zeros_like(call.bias)]
+        leaves = (query, key, value, call.bias) if bias_gradient else (query, key, value)
+        return [empty_like(x).zero_() for x in leaves if x is not None]
     delta = delta_of(output, grad_output, grad_lse, lse)
     shared = query, key, value, pointer(bias, query), grad_output, lse, delta
     moves = strides(query), strides(key), strides(value), bias_strides, strides(grad_output), lse.stride()
@@ -204,22 +206,14 @@ def backward(
         _biased_backward_dkv_kernel[(programs_dkv * splits_dkv,)](
             *shared, grads_k, grads_v,
             *moves, _split_strides(grads_k), _split_strides(grads_v),
-            heads_kv, call.groups, call.scale, queries, keys, splits_dkv,
+            heads, call.groups, call.scale, queries, keys, splits_dkv,
             HAS_BIAS=bias is not None, **_constants(config_dkv, key, value),
         )  # fmt: skip
-    grads = [_joined(parts, like) for parts, like in ((grads_q, query), (grads_k, key), (grads_v, value))]
+    pairs = (grads_q, query), (grads_k, key), (grads_v, value)
+    grads = [sum_groups(parts[0] if len(parts) == 1 else parts.sum(0), like) for parts, like in pairs]
     if grad_bias is None or call.bias is None:
         return grads
     return [*grads, grad_bias.sum_to_size(call.bias.shape).to(call.bias.dtype).contiguous()]
-
-
-def _parts(x: Tensor, splits: int) -> Tensor:
-    """Room for a gradient in so many parts, which are float32 where there is more than one."""
-    return x.new_empty(splits, *x.shape, dtype=x.dtype if splits == 1 else torch.float32)
-
-
-def _joined(parts: Tensor, like: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0).to(like.dtype)
 
 
 def _split_strides(x: Tensor) -> tuple[int, int, int, int]:

@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, LOWEST, grad_kv_step, grad_q_step, load_statistics, softmax_step, store_softmax
+from .softmax import (
+    LOG2E,
+    LOWEST,
+    grad_kv_step,
+    grad_q_step,
+    key_logits,
+    load_statistics,
+    row_penalty,
+    softmax_step,
+    store_softmax,
+)
 from .token_rows import head_offset, load_rows, row_offset, store_rows
 
 
@@ -63,11 +73,9 @@ def _biased_forward_kernel(
         k_row = start + tl.arange(0, BLOCK_K)
         k_valid = k_row < keys
         k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_Q, BLOCK_K]
+        logits = key_logits(q, k, row_penalty(k_valid), k_ptr, k_valid, scale * LOG2E, False, PRECISION)
         if HAS_BIAS:
             logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
-        if start + BLOCK_K > keys:
-            logits = tl.where(k_valid[None, :], logits, float("-inf"))
         v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
 
@@ -109,11 +117,9 @@ def _biased_backward_dq_kernel(
         k_valid = k_row < keys
         k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
         v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        logits = key_logits(q, k, row_penalty(k_valid), k_ptr, k_valid, scale * LOG2E, False, PRECISION)
         if HAS_BIAS:
             logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
-        if start + BLOCK_K > keys:
-            logits = tl.where(k_valid[None, :], logits, float("-inf"))
         grad_q, grad_logits = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
         if BIAS_GRAD:
             offsets = row_offset(q_row, grad_bias_strides[2])[:, None] + k_row[None, :]
@@ -126,15 +132,16 @@ def _biased_backward_dq_kernel(
 def _biased_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
     q_strides, k_strides, v_strides, bias_strides, grad_out_strides, lse_strides, grad_k_strides, grad_v_strides,
-    kv_heads, heads_per_kv, scale, queries, keys, splits,
+    heads, heads_per_kv, scale, queries, keys, splits,
     HAS_BIAS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, kv_head, split, tile = _place(tl.program_id(0), tl.cdiv(keys, BLOCK_K), splits, kv_heads)
+    batch, head, split, tile = _place(tl.program_id(0), tl.cdiv(keys, BLOCK_K), splits, heads)
+    kv_head = head // heads_per_kv
     k_ptr += head_offset(batch, kv_head, k_strides)
     v_ptr += head_offset(batch, kv_head, v_strides)
-    grad_k_ptr += head_offset(batch, kv_head, grad_k_strides) + split * grad_k_strides[3]
-    grad_v_ptr += head_offset(batch, kv_head, grad_v_strides) + split * grad_v_strides[3]
+    grad_k_ptr += head_offset(batch, head, grad_k_strides) + split * grad_k_strides[3]
+    grad_v_ptr += head_offset(batch, head, grad_v_strides) + split * grad_v_strides[3]
 
     k_row = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     k_valid = k_row < keys
@@ -143,23 +150,21 @@ def _biased_backward_dkv_kernel(
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     begin, end = _share(split, splits, queries, BLOCK_Q)
-    for member in range(heads_per_kv):
-        head = kv_head * heads_per_kv + member
-        q_base = q_ptr + head_offset(batch, head, q_strides)
-        bias_base = bias_ptr + batch * bias_strides[0] + head * bias_strides[1]
-        grad_out_base = grad_out_ptr + head_offset(batch, head, grad_out_strides)
-        statistics = head_offset(batch, head, lse_strides)
-        for start in range(begin, end, BLOCK_Q):
-            q_row = start + tl.arange(0, BLOCK_Q)
-            q_valid = q_row < queries
-            q = load_rows(q_base, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
-            grad_out = load_rows(grad_out_base, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
-            lse, delta = load_statistics(
-                lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
-            )
-            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
-            if HAS_BIAS:
-                logits += _load_bias(bias_base, k_row, q_row, k_valid, q_valid, bias_strides[3], bias_strides[2])
-            grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+    q_ptr += head_offset(batch, head, q_strides)
+    bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+    grad_out_ptr += head_offset(batch, head, grad_out_strides)
+    statistics = head_offset(batch, head, lse_strides)
+    for start in range(begin, end, BLOCK_Q):
+        q_row = start + tl.arange(0, BLOCK_Q)
+        q_valid = q_row < queries
+        q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
+        grad_out = load_rows(grad_out_ptr, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+        lse, delta = load_statistics(
+            lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
+        )
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
+        if HAS_BIAS:
+            logits += _load_bias(bias_ptr, k_row, q_row, k_valid, q_valid, bias_strides[3], bias_strides[2])
+        grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
     store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
     store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -14,7 +14,18 @@ from .block_sparse_kernels import (
     _block_sparse_forward_kernel,
 )
 from .launch import LaunchConfig, architecture_of, choose, launch_options
-from .tensors import NAMESPACE, delta_of, empty_like, head_constants, on_device, power_of_two, strides, unit_rows
+from .tensors import (
+    NAMESPACE,
+    delta_of,
+    empty_like,
+    head_constants,
+    on_device,
+    per_query_head,
+    power_of_two,
+    strides,
+    sum_groups,
+    unit_rows,
+)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::block_sparse", mutates_args=())
@@ -173,9 +184,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`block_sparse_backward` with chosen launches."""
     query, key, value = (unit_rows(x) for x in (call.query, call.key, call.value))
-    grad_q, grad_k, grad_v = (empty_like(x) for x in (query, key, value))
     if call.is_empty:
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
+        return empty_like(query).zero_(), empty_like(key).zero_(), empty_like(value).zero_()
+    grad_q, grad_k, grad_v = empty_like(query), per_query_head(key, query), per_query_head(value, query)
     config_dq = config_dq or call.config("block_sparse_backward_dq")
     config_dkv = config_dkv or call.config("block_sparse_backward_dkv")
     grad_output = unit_rows(grad_output)
@@ -191,14 +202,14 @@ def backward(
             **_constants(config_dq, key, value),
         )  # fmt: skip
         queries, keys, _, block_q, block_k = call.sizes
-        _block_sparse_backward_dkv_kernel[_grid(call, key, call.k_blocks, call.block_k, config_dkv.kv_tokens)](
+        _block_sparse_backward_dkv_kernel[_grid(call, query, call.k_blocks, call.block_k, config_dkv.kv_tokens)](
             query, key, value, order, begins, grad_output, lse, delta, grad_k, grad_v,
             strides(query), strides(key), strides(value), strides(grad_output), lse.stride(), strides(grad_k),
             strides(grad_v), _head_strides(order), _head_strides(begins),
-            key.shape[2], groups, call.scale, queries, keys, call.k_blocks, block_q, block_k, index.shape[3],
+            query.shape[2], groups, call.scale, queries, keys, call.k_blocks, block_q, block_k, index.shape[3],
             **_constants(config_dkv, key, value),
         )  # fmt: skip
-    return grad_q, grad_k, grad_v
+    return grad_q, sum_groups(grad_k, key), sum_groups(grad_v, value)
 
 
 def _grid(call: Call, x: Tensor, blocks: int, block: int, tokens: int) -> tuple[int]:

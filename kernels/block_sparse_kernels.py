@@ -10,17 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, LOWEST, grad_kv_step, grad_q_step, key_logits, load_statistics, softmax_step, store_softmax
+from .softmax import (
+    LOG2E,
+    LOWEST,
+    grad_kv_step,
+    grad_q_step,
+    key_logits,
+    load_statistics,
+    row_penalty,
+    softmax_step,
+    store_softmax,
+)
 from .token_rows import head_offset, load_rows, place_program, row_offset, store_rows
 
 
 @triton.jit
 def _rows_of_block(block, part, block_size, rows, BLOCK: tl.constexpr):
-    """Rows of the `part`-th piece of a block, which of them exist, and whether all do."""
+    """Rows of the `part`-th piece of a block, and which of them exist."""
     first = block * block_size + part * BLOCK
     stop = min((block + 1) * block_size, rows)
     row = first + tl.arange(0, BLOCK)
-    return row, row < stop, first + BLOCK <= stop
+    return row, row < stop
 
 
 @triton.jit
@@ -36,12 +46,10 @@ def _listed_keys(
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Logits, keys and values of a piece of a listed block; what is beyond the block is masked."""
-    row, valid, whole = _rows_of_block(k_block, part, block_k, keys, BLOCK_K)
+    row, valid = _rows_of_block(k_block, part, block_k, keys, BLOCK_K)
     k = load_rows(k_ptr, row_offset(row, k_stride), valid, D, BLOCK_D)
     v = load_rows(v_ptr, row_offset(row, v_stride), valid, DV, BLOCK_DV)
-    logits = key_logits(q, k, k_ptr, valid, factor, False, PRECISION)
-    if not whole:
-        logits = tl.where(valid[None, :], logits, float("-inf"))
+    logits = key_logits(q, k, row_penalty(valid), k_ptr, valid, factor, False, PRECISION)
     return logits, k, v
 
 
@@ -60,7 +68,7 @@ def _block_sparse_forward_kernel(
     v_ptr += head_offset(batch, head // heads_per_kv, v_strides)
     index_ptr, count = _list_of(index_ptr, count_ptr, index_strides, batch, tile // q_parts, head)
 
-    q_row, q_valid, _whole = _rows_of_block(tile // q_parts, tile % q_parts, block_q, queries, BLOCK_Q)
+    q_row, q_valid = _rows_of_block(tile // q_parts, tile % q_parts, block_q, queries, BLOCK_Q)
     q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)  # [BLOCK_Q, D]
     m_i = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_Q], tl.float32)
@@ -94,7 +102,7 @@ def _block_sparse_backward_dq_kernel(
     v_ptr += head_offset(batch, head // heads_per_kv, v_strides)
     index_ptr, count = _list_of(index_ptr, count_ptr, index_strides, batch, tile // q_parts, head)
 
-    q_row, q_valid, _whole = _rows_of_block(tile // q_parts, tile % q_parts, block_q, queries, BLOCK_Q)
+    q_row, q_valid = _rows_of_block(tile // q_parts, tile % q_parts, block_q, queries, BLOCK_Q)
     q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
     grad_out_ptr += head_offset(batch, head, grad_out_strides)
     grad_out = load_rows(grad_out_ptr, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
@@ -117,41 +125,40 @@ def _block_sparse_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, order_ptr, begin_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, grad_k_strides, grad_v_strides,
     order_strides, begin_strides,  # batch, head
-    kv_heads, heads_per_kv, scale, queries, keys, k_blocks, block_q, block_k, listed,
+    heads, heads_per_kv, scale, queries, keys, k_blocks, block_q, block_k, listed,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q_parts, k_parts = tl.cdiv(block_q, BLOCK_Q), tl.cdiv(block_k, BLOCK_K)
-    batch, kv_head, tile = place_program(tl.program_id(0), k_blocks * k_parts, kv_heads)
+    batch, head, tile = place_program(tl.program_id(0), k_blocks * k_parts, heads)
+    kv_head = head // heads_per_kv
     block, part = tile // k_parts, tile % k_parts
     k_ptr += head_offset(batch, kv_head, k_strides)
     v_ptr += head_offset(batch, kv_head, v_strides)
-    grad_k_ptr += head_offset(batch, kv_head, grad_k_strides)
-    grad_v_ptr += head_offset(batch, kv_head, grad_v_strides)
+    grad_k_ptr += head_offset(batch, head, grad_k_strides)
+    grad_v_ptr += head_offset(batch, head, grad_v_strides)
 
-    k_row, k_valid, _whole = _rows_of_block(block, part, block_k, keys, BLOCK_K)
+    k_row, k_valid = _rows_of_block(block, part, block_k, keys, BLOCK_K)
     k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)  # [BLOCK_K, D]
     v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)  # [BLOCK_K, DV]
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
-    for member in range(heads_per_kv):
-        head = kv_head * heads_per_kv + member
-        q_base = q_ptr + head_offset(batch, head, q_strides)
-        grad_out_base = grad_out_ptr + head_offset(batch, head, grad_out_strides)
-        statistics = head_offset(batch, head, lse_strides)
-        order = order_ptr + batch * order_strides[0] + head * order_strides[1]
-        begins = begin_ptr + batch * begin_strides[0] + head * begin_strides[1] + block
-        begin, end = tl.load(begins), tl.load(begins + 1)
-        for step in range((end - begin) * q_parts):
-            # Pairs of query block and list entry, sorted by the key block that the entry names.
-            q_block = tl.load(order + begin + step // q_parts) // listed
-            q_row, q_valid, _q_whole = _rows_of_block(q_block, step % q_parts, block_q, queries, BLOCK_Q)
-            q = load_rows(q_base, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
-            grad_out = load_rows(grad_out_base, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
-            lse, delta = load_statistics(
-                lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
-            )
-            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
-            grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+    q_ptr += head_offset(batch, head, q_strides)
+    grad_out_ptr += head_offset(batch, head, grad_out_strides)
+    statistics = head_offset(batch, head, lse_strides)
+    order = order_ptr + batch * order_strides[0] + head * order_strides[1]
+    begins = begin_ptr + batch * begin_strides[0] + head * begin_strides[1] + block
+    begin, end = tl.load(begins), tl.load(begins + 1)
+    for step in range((end - begin) * q_parts):
+        # Pairs of query block and list entry, sorted by the key block that the entry names.
+        q_block = tl.load(order + begin + step // q_parts) // listed
+        q_row, q_valid = _rows_of_block(q_block, step % q_parts, block_q, queries, BLOCK_Q)
+        q = load_rows(q_ptr, row_offset(q_row, q_strides[1]), q_valid, D, BLOCK_D)
+        grad_out = load_rows(grad_out_ptr, row_offset(q_row, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+        lse, delta = load_statistics(
+            lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
+        )
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
+        grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
     store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
     store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -16,9 +16,15 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: exp2(-inf - LOWEST) is 
 
 
 @triton.jit
-def key_logits(q, k, bias_ptrs, k_valid, factor, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits `[queries, keys]` in units of log 2, with a bias per key."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+def row_penalty(valid):
+    """What to add to the logits `[queries, keys]`: `-inf` for keys that do not exist."""
+    return tl.where(valid, 0.0, float("-inf"))[None, :]
+
+
+@triton.jit
+def key_logits(q, k, penalty, bias_ptrs, k_valid, factor, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits `[queries, keys]` in units of log 2, with a penalty and a bias per key."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + penalty
     if HAS_BIAS:
         bias = tl.load(bias_ptrs, mask=k_valid, other=0.0)
         logits += bias.to(tl.float32)[None, :] * LOG2E

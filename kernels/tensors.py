@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,6 +39,20 @@ def unit_rows(x: Tensor) -> Tensor:
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of the same shape."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def per_query_head(x: Tensor, query: Tensor, *leading: int) -> Tensor:
+    """Room for gradients of keys or values: float32 where several query heads, or `leading` parts, are to be summed."""
+    batch, tokens, heads, width = x.shape
+    single = heads == query.shape[2] and math.prod(leading) == 1
+    return x.new_empty(*leading, batch, tokens, query.shape[2], width, dtype=x.dtype if single else torch.float32)
+
+
+def sum_groups(grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient `[B, S, H, D]` of keys or values that groups of query heads share, in their dtype."""
+    if grad.shape != like.shape:
+        grad = grad.unflatten(2, (like.shape[2], -1)).sum(3)
+    return grad.to(like.dtype)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -274,6 +274,23 @@ def _all_meet(axis: tl.constexpr, start, tile, geometry, CAUSAL: tl.constexpr, T
 
 
 @triton.jit
+def penalties(
+    start, walked, intervals, tile, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+    AXES: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    """What to add to the logits `[fixed, walked]` of the box at `start`: `-inf` where hidden; and if it is interior.
+
+    Nothing is compared for an interior box. The branch yields what is added, not the logits: between two products a
+    branch hides from Triton that they are chained, and their layouts are then converted in shared memory.
+    """
+    interior = is_interior(start, tile, geometry, BALL, CAUSAL, TRANSPOSED, WALK)
+    result = tl.zeros([intervals[2][0].shape[0], walked[2].shape[0]], tl.float32)
+    if not interior:
+        result = tl.where(visible_pairs(intervals, walked, tile, geometry, BALL, AXES), 0.0, float("-inf"))
+    return result, interior
+
+
+@triton.jit
 def fixed_intervals(position, tile, geometry, BALL: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Per token of the fixed box, what it meets on each axis, (start, stop) thrice; of a ball, its position twice."""
     if BALL:

@@ -22,8 +22,10 @@ from .tensors import (
     empty_like,
     head_constants,
     on_device,
+    per_query_head,
     pointer,
     strides,
+    sum_groups,
     unit_rows,
 )
 from .windowed_backward import _windowed_backward_dkv_kernel, _windowed_backward_dq_kernel
@@ -215,21 +217,21 @@ def backward(
     config_dkv: LaunchConfig | None = None,
 ) -> list[Tensor]:
     """`windowed_backward` with chosen launches."""
-    needed = (call.query, call.key, call.value, call.extra_key, call.extra_value)
-    grads = [empty_like(x) for x in needed if x is not None]
+    inputs = [x for x in (call.query, call.key, call.value, call.extra_key, call.extra_value) if x is not None]
     config_dq, config_dkv = (
         config_dq or call.config("windowed_backward_dq"),
         config_dkv or call.config("windowed_backward_dkv"),
     )
     if call.query.shape[0] == 0:
-        return [grad.zero_() for grad in grads]
+        return [empty_like(x).zero_() for x in inputs]
+    grads = [empty_like(call.query), *(per_query_head(x, call.query) for x in inputs[1:])]
     grad_output = unit_rows(grad_output)
     delta = delta_of(output, grad_output, grad_lse, lse)
     for part in call.query_parts():
         _launch_dq(call, part, config_dq, grad_output, lse, delta, grads[0])
     for key_part in call.key_parts():
         _launch_dkv(call, key_part, config_dkv, grad_output, lse, delta, grads[3:] if key_part.is_extra else grads[1:3])
-    return grads
+    return [sum_groups(grad, x) for grad, x in zip(grads, inputs, strict=True)]
 
 
 def _launch_dq(
@@ -270,11 +272,11 @@ def _launch_dkv(
     tile = tile_shape(config.kv_tokens, geometry.group_lengths)
     tiles = geometry.tiles(tile)
     with on_device(query):
-        _windowed_backward_dkv_kernel[(key.shape[0] * key.shape[2] * tiles,)](
+        _windowed_backward_dkv_kernel[(key.shape[0] * query.shape[2] * tiles,)](
             query, key, value, pointer(bias, query), grad_output, lse, delta, *grads,
             strides(query), strides(key), strides(value), strides(grad_output), lse.stride(),
             *map(strides, grads), batch_stride(bias),
-            key.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
+            query.shape[2], query.shape[2] // key.shape[2], tiles, call.scale, *_window(geometry),
             *part.grid_queries.place, *part.keys.place, part.rows.count, *part.rows.place,
             HAS_BIAS=bias is not None, ALIGNED=False,
             **_constants(geometry, config, tile, key, value, "q", (query, grad_output, lse)),

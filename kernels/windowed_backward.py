@@ -16,13 +16,12 @@ from .tile_walk import (
     flat_token,
     hold_tile,
     inside,
-    is_interior,
     moved,
     next_box,
     open_slab,
     open_walk,
+    penalties,
     tile_steps,
-    visible_pairs,
 )
 from .token_rows import head_offset, load_rows, place_program, row_offset, sequence_row, store_rows
 from .windowed_keys import keys_of_box, keys_of_rows
@@ -107,7 +106,7 @@ def _windowed_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, grad_k_strides, grad_v_strides,
     bias_stride,
-    kv_heads, heads_per_kv, tiles, scale,
+    heads, heads_per_kv, tiles, scale,
     grid, window, stride, dilation, limit,
     q_split, q_jump, k_split, k_jump,  # of the grid's tokens among the queries and among the keys
     row_count, row_split, row_jump,  # queries that see every key of the grid
@@ -118,7 +117,8 @@ def _windowed_backward_dkv_kernel(
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
     BLOCK_K: tl.constexpr = KV_TILE[0] * KV_TILE[1] * KV_TILE[2]
-    batch, kv_head, index = place_program(tl.program_id(0), tiles, kv_heads)
+    batch, head, index = place_program(tl.program_id(0), tiles, heads)
+    kv_head = head // heads_per_kv
     k_ptr += head_offset(batch, kv_head, k_strides)
     v_ptr += head_offset(batch, kv_head, v_strides)
     geometry = (grid, window, stride, dilation, limit)
@@ -135,54 +135,52 @@ def _windowed_backward_dkv_kernel(
     q_steps = tile_steps(Q_TILE)
     q_offset = flat_offset(q_steps, geometry).to(OFFSET)
 
-    for member in range(heads_per_kv):
-        head = kv_head * heads_per_kv + member
-        q_base = q_ptr + head_offset(batch, head, q_strides)
-        grad_out_base = grad_out_ptr + head_offset(batch, head, grad_out_strides)
-        lse_base = lse_ptr + head_offset(batch, head, lse_strides)
-        delta_base = delta_ptr + head_offset(batch, head, lse_strides)
-        if WINDOWED:
-            t, slabs = open_walk(tile, exists, geometry, BALL, CAUSAL, True, Q_TILE, ALIGNED)
-            for _slab in range(slabs):
-                y, x, x_left, boxes, budget = open_slab(t, tile, geometry, BALL, CAUSAL, True, Q_TILE, ALIGNED)
-                for _box in range(boxes):
-                    start = (t, y, x)
-                    walked = moved(start, q_steps)
-                    q_valid = inside(walked, tile)
-                    row = sequence_row(flat_token(start, tile, geometry), q_split, q_jump).to(tl.int64)
-                    q = load_rows(q_base + row * q_strides[1], q_offset * q_strides[1], q_valid, D, BLOCK_D)
-                    grad_out = load_rows(
-                        grad_out_base + row * grad_out_strides[1], q_offset * grad_out_strides[1], q_valid, DV, BLOCK_DV
-                    )
-                    lse, delta = load_statistics(
-                        lse_base + row * lse_strides[1],
-                        delta_base + row * lse_strides[1],
-                        q_offset * lse_strides[1],
-                        q_valid,
-                    )
-                    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor  # [BLOCK_K, BLOCK_Q]
-                    if HAS_BIAS:
-                        logits += bias[:, None]
-                    if not is_interior(start, tile, geometry, BALL, CAUSAL, True, Q_TILE):
-                        pairs = visible_pairs(intervals, walked, tile, geometry, BALL, AXES)
-                        logits = tl.where(pairs, logits, float("-inf"))
-                    grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
-                    y, x, x_left = next_box(y, x, x_left, budget, tile, geometry, BALL, CAUSAL, True, Q_TILE, ALIGNED)
-                t += Q_TILE[0]
+    q_ptr += head_offset(batch, head, q_strides)
+    grad_out_ptr += head_offset(batch, head, grad_out_strides)
+    lse_ptr += head_offset(batch, head, lse_strides)
+    delta_ptr += head_offset(batch, head, lse_strides)
+    if WINDOWED:
+        t, slabs = open_walk(tile, exists, geometry, BALL, CAUSAL, True, Q_TILE, ALIGNED)
+        for _slab in range(slabs):
+            y, x, x_left, boxes, budget = open_slab(t, tile, geometry, BALL, CAUSAL, True, Q_TILE, ALIGNED)
+            for _box in range(boxes):
+                start = (t, y, x)
+                walked = moved(start, q_steps)
+                q_valid = inside(walked, tile)
+                row = sequence_row(flat_token(start, tile, geometry), q_split, q_jump).to(tl.int64)
+                q = load_rows(q_ptr + row * q_strides[1], q_offset * q_strides[1], q_valid, D, BLOCK_D)
+                grad_out = load_rows(
+                    grad_out_ptr + row * grad_out_strides[1], q_offset * grad_out_strides[1], q_valid, DV, BLOCK_DV
+                )
+                lse, delta = load_statistics(
+                    lse_ptr + row * lse_strides[1],
+                    delta_ptr + row * lse_strides[1],
+                    q_offset * lse_strides[1],
+                    q_valid,
+                )
+                penalty, _interior = penalties(
+                    start, walked, intervals, tile, geometry, BALL, CAUSAL, True, AXES, Q_TILE
+                )
+                logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor + penalty  # [BLOCK_K, BLOCK_Q]
+                if HAS_BIAS:
+                    logits += bias[:, None]
+                grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+                y, x, x_left = next_box(y, x, x_left, budget, tile, geometry, BALL, CAUSAL, True, Q_TILE, ALIGNED)
+            t += Q_TILE[0]
 
-        for begin in range(0, tl.where(exists, row_count, 0), BLOCK_Q):
-            token = begin + tl.arange(0, BLOCK_Q)
-            q_valid = token < row_count
-            rows = sequence_row(token, row_split, row_jump)
-            q = load_rows(q_base, row_offset(rows, q_strides[1]), q_valid, D, BLOCK_D)
-            grad_out = load_rows(grad_out_base, row_offset(rows, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
-            lse, delta = load_statistics(lse_base, delta_base, row_offset(rows, lse_strides[1]), q_valid)
-            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
-            if HAS_BIAS:
-                logits += bias[:, None]
-            grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+    for begin in range(0, tl.where(exists, row_count, 0), BLOCK_Q):
+        token = begin + tl.arange(0, BLOCK_Q)
+        q_valid = token < row_count
+        rows = sequence_row(token, row_split, row_jump)
+        q = load_rows(q_ptr, row_offset(rows, q_strides[1]), q_valid, D, BLOCK_D)
+        grad_out = load_rows(grad_out_ptr, row_offset(rows, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
+        lse, delta = load_statistics(lse_ptr, delta_ptr, row_offset(rows, lse_strides[1]), q_valid)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+        if HAS_BIAS:
+            logits += bias[:, None]
+        grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
 
-    grad_k_ptr += head_offset(batch, kv_head, grad_k_strides)
-    grad_v_ptr += head_offset(batch, kv_head, grad_v_strides)
+    grad_k_ptr += head_offset(batch, head, grad_k_strides)
+    grad_v_ptr += head_offset(batch, head, grad_v_strides)
     store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
     store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import key_logits
-from .tile_walk import flat_token, inside, is_interior, moved, visible_pairs
+from .softmax import key_logits, row_penalty
+from .tile_walk import flat_token, inside, moved, penalties
 from .token_rows import load_rows, row_offset, sequence_row
 
 
@@ -25,10 +25,8 @@ def keys_of_box(
     row = sequence_row(flat_token(start, tile, geometry), k_split, k_jump).to(tl.int64)
     k = load_rows(k_ptr + row * k_stride, k_offset * k_stride, valid, D, BLOCK_D)
     v = load_rows(v_ptr + row * v_stride, k_offset * v_stride, valid, DV, BLOCK_DV)
-    logits = key_logits(q, k, bias_ptr + row + k_offset, valid, factor, HAS_BIAS, PRECISION)  # [BLOCK_Q, BLOCK_K]
-    interior = is_interior(start, tile, geometry, BALL, CAUSAL, False, KV_TILE)
-    if not interior:
-        logits = tl.where(visible_pairs(intervals, walked, tile, geometry, BALL, AXES), logits, float("-inf"))
+    penalty, interior = penalties(start, walked, intervals, tile, geometry, BALL, CAUSAL, False, AXES, KV_TILE)
+    logits = key_logits(q, k, penalty, bias_ptr + row + k_offset, valid, factor, HAS_BIAS, PRECISION)
     return logits, k, v, interior
 
 
@@ -44,7 +42,5 @@ def keys_of_rows(
     row = sequence_row(token, split, jump)
     k = load_rows(k_ptr, row_offset(row, k_stride), valid, D, BLOCK_D)
     v = load_rows(v_ptr, row_offset(row, v_stride), valid, DV, BLOCK_DV)
-    logits = key_logits(q, k, bias_ptr + row, valid, factor, HAS_BIAS, PRECISION)
-    if begin + BLOCK_K > count:
-        logits = tl.where(valid[None, :], logits, float("-inf"))
+    logits = key_logits(q, k, row_penalty(valid), bias_ptr + row, valid, factor, HAS_BIAS, PRECISION)
     return logits, k, v

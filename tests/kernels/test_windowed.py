@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vision_attn.kernels import tile_walk, windowed_backward, windowed_keys
+from vision_attn.kernels import tile_walk
 from vision_attn.kernels.geometry import geometry_of
 from vision_attn.kernels.launch import LaunchConfig, tile_shape
 from vision_attn.kernels.reach import Ball, Box, to_arguments
@@ -295,20 +295,18 @@ def is_seen(problem):
 def test_a_window_off_by_one_is_seen(monkeypatch):
     problem = Problem(Box((6, 9), (3, 5), (1, 1), (1, 1), (False, False)))
     assert not is_seen(problem)
-    for module in (windowed_keys, windowed_backward):
-        plain = module.visible_pairs
+    plain = tile_walk.visible_pairs
 
-        def shifted(intervals, walked, *arguments, plain=plain):
-            return plain(intervals, (walked[0], walked[1], walked[2] + 1), *arguments)
+    def shifted(intervals, walked, *arguments):
+        return plain(intervals, (walked[0], walked[1], walked[2] + 1), *arguments)
 
-        monkeypatch.setattr(module, "visible_pairs", shifted)
+    monkeypatch.setattr(tile_walk, "visible_pairs", shifted)
     assert is_seen(problem)
 
 
 @pytest.mark.parametrize("reach", [Box((6, 9), (3, 5), (1, 1), (1, 1), (False, False)), Ball.of_radius((6, 9), 3)])
 def test_an_unmasked_boundary_box_is_seen(monkeypatch, reach):
-    for module in (windowed_keys, windowed_backward):
-        monkeypatch.setattr(module, "is_interior", lambda *arguments: True)
+    monkeypatch.setattr(tile_walk, "is_interior", lambda *arguments: True)
     assert is_seen(Problem(reach))
 
 

@@ -94,6 +94,7 @@ class Report:
             | {
                 "registers": self.binary.registers,
                 "spills": self.binary.spills,
+                "scalars_in_lanes": self.binary.lanes,
                 "shared_bytes": self.shared,
                 "tensor_instructions": self.binary.tensor,
                 "attention_loops": loops,
@@ -268,10 +269,10 @@ def compile_all(chosen: Iterable[Launch], processes: int | None = None) -> Itera
 
 
 _HEAD = (
-    "chip", "kernel", "window", "dtype", "D", "tile", "warps", "stages", "regs", "spills", "shared", "tensor", "loops",
-    "occup.", "FLOP/B", "predicted", "gate",
+    "chip", "kernel", "window", "dtype", "D", "tile", "warps", "stages", "regs", "spills", "lanes", "shared", "tensor",
+    "loops", "occup.", "FLOP/B", "predicted", "gate",
 )  # fmt: skip
-_WIDTHS = (-7, -22, -7, -5, 4, 9, 5, 6, 5, 6, 7, 6, 14, 6, 6, -17, 0)
+_WIDTHS = (-7, -25, -7, -5, 4, 9, 5, 6, 5, 6, 5, 7, 6, 14, 6, 6, -17, 0)
 
 
 def _line(*cells: Any) -> str:
@@ -290,7 +291,8 @@ def table(reports: Sequence[Report]) -> str:
         bound = f"{report.bound} {report.peak:.0%}" if report.bound else ""
         tile, gate = f"{config.q_tokens}x{config.kv_tokens}", "; ".join(report.faults) or "ok"
         shape = (launch.chip, launch.kernel, launch.window, launch.dtype, launch.head_dim, tile)
-        needs = (config.warps, config.stages, binary.registers, binary.spills, report.shared, binary.tensor, loops)
+        held = (binary.registers, binary.spills, binary.lanes, report.shared)
+        needs = (config.warps, config.stages, *held, binary.tensor, loops)
         lines.append(_line(*shape, *needs, f"{report.occupancy:.0%}", f"{report.intensity:.0f}", bound, gate))
     models = ", ".join(f"{chip.name} {chip.model}" for chip in CHIPS.values() if chip.model)
     lines.append(

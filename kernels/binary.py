@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Binary:
     Attributes:
         registers: Per thread.
         spills: Instructions that move registers to memory or back.
+        lanes: Scalars that an AMD kernel keeps in lanes of vector registers for want of scalar ones: no memory traffic.
         tensor: Tensor-core instructions.
         loops: Innermost loops.
     """
@@ -53,6 +54,7 @@ class Binary:
     spills: int
     tensor: int
     loops: tuple[Loop, ...]
+    lanes: int = 0
 
     @property
     def attention_loops(self) -> tuple[Loop, ...]:
@@ -75,10 +77,12 @@ def read_cubin(cubin: bytes) -> Binary:
 
 def read_amdgcn(assembly: str) -> Binary:
     """The binary of an AMD kernel; its registers are the vector ones, accumulators included."""
-    registers = int(_field(assembly, "vgpr_count"))
-    spills = int(_field(assembly, "vgpr_spill_count")) + int(_field(assembly, "sgpr_spill_count"))
-    binary = _read(assembly.splitlines(), registers, _gcn_branch)
-    return Binary(registers, spills, binary.tensor, binary.loops)
+    binary = _read(assembly.splitlines(), int(_field(assembly, "vgpr_count")), _gcn_branch)
+    # The compiler spills scalars to lanes first; it says by the size of the private segment if any went to memory.
+    in_memory = int(_field(assembly, "private_segment_fixed_size")) > 0
+    scalars = int(_field(assembly, "sgpr_spill_count"))
+    spills = max(binary.spills, int(_field(assembly, "vgpr_spill_count")), scalars if in_memory else 0)
+    return replace(binary, spills=spills, lanes=0 if in_memory else scalars)
 
 
 def _field(assembly: str, name: str) -> str:

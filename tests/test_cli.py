@@ -190,6 +190,14 @@ def test_bench_of_own_cases(run):
     assert (content["growth"], content["environment"]["threads"]) == (None, 1)
 
 
+def test_bench_of_a_chosen_backend(run):
+    arguments = ["bench", "--ops", "clear(radius=2)", "--grid", "8x8", "--heads", 1, "--head-dim", 16, "--no-flex"]
+    code, out, _ = run(*arguments, "--backend", "triton", "--repeats", 1, "--warmup", 0, "--json")
+    ours, _dense = json.loads(out)["cases"][0]["contenders"]
+    assert code == 0
+    assert ours["max_error"] < 2e-5
+
+
 def test_bench_of_the_standard_cases_adds_growth_and_memory(run, monkeypatch):
     monkeypatch.setattr(attention_bench, "STANDARD_CASES", (attention_bench.Case(va.Clear(radius=3), (16, 8)),))
     monkeypatch.setattr(attention_bench, "growth", lambda **options: 4.5)

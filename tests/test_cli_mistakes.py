@@ -66,6 +66,7 @@ WRONG = [
     (["bench", "--ops", "dense"], r"bench: ops must be clear\(radius=\.\.\.\)"),
     (["bench", "--ops", "clear(radius=3)", "--grid", "8by8"], r"--grid must be HEIGHTxWIDTH .* got '8by8'"),
     (["bench", "--grid", "9x9x9"], r"--grid must be HEIGHTxWIDTH .* got '9x9x9'"),
+    (["bench", "--backend", "cudnn"], r"--backend must be one of auto, dense, tiled, .*got 'cudnn'"),
     (["bench", "--grid", "16x8"], r"--grid must come with --ops, got '16x8' alone"),
     (["tune", "--kernels", "dense"], r"tune: kernels must be among windowed_forward, .* got 'dense'"),
     (["tune", "--dtypes", "int8"], r"tune: dtypes must be among float16, bfloat16, float32, got 'int8'"),

@@ -22,6 +22,7 @@ from vision_attn.command_input import (
     parse_axes,
     parse_radius,
     parse_size,
+    read_backend,
     read_device,
     read_dtype,
     read_request,
@@ -223,11 +224,15 @@ def bench(
     flex: Annotated[
         bool, typer.Option(help="Compiled FlexAttention as a rival; needs a C++ compiler on the CPU.")
     ] = True,
+    backend: Annotated[str, typer.Option(help="Ours: auto, or one of `vision-attn backends`.")] = "auto",
     device: Device = "",
     dtype: Dtype = "",
     as_json: Json = False,
 ) -> None:
-    """Time one attention call against dense SDPA and compiled FlexAttention, after checking every result."""
+    """Time one attention call against its rivals, after checking every result.
+
+    Rivals are dense SDPA (on a GPU also cuDNN's and flash by name), compiled FlexAttention, and NATTEN if installed.
+    """
     import torch
 
     import vision_attn as va
@@ -240,7 +245,7 @@ def bench(
     if grid is not None and not ops:
         raise ValueError(f"--grid must come with --ops, got {grid!r} alone: the standard cases have grids of their own")
     own = [Case(va.parse(text), size, heads, head_dim) for text in ops or ()]
-    place = read_device(device)
+    place, ours = read_device(device), read_backend(backend)
     cases = own or [replace(case, heads=heads, head_dim=head_dim) for case in STANDARD_CASES]
     with progress(None, "run") as on_run:
         report = bench_report(
@@ -250,6 +255,7 @@ def bench(
             device=place,
             dtype=read_dtype(dtype, place),
             flex=flex,
+            backend=ours,
             scaling=not own,
             on_run=on_run,
         )

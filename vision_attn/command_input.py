@@ -185,6 +185,22 @@ def _can_compute(device: torch.device) -> bool:
         return False
 
 
+def read_backend(name: str) -> str:
+    """A backend that can be used here, or `auto`.
+
+    Raises:
+        ValueError: an unknown one, or one that this machine cannot run.
+    """
+    import vision_attn as va
+
+    table = va.backends()
+    if name != "auto" and table.get(name) != "yes":
+        why = f": {table[name]}" if name in table else ""
+        usable = ["auto", *(known for known, state in table.items() if state == "yes")]
+        raise ValueError(f"--backend must be one of {', '.join(usable)}, got {name!r}{why}")
+    return name
+
+
 def read_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of this name; for an empty one float32 on the CPU and bfloat16 elsewhere.
 

@@ -1,5 +1,9 @@
+import sys
+import types
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 import vision_attn as va
 from vision_attn.benchmark import attention_bench, memory_probe
@@ -8,13 +12,14 @@ from vision_attn.benchmark.attention_bench import (
     FLEX_PERMUTED,
     FLEX_ROWS,
     FLEX_TILES,
+    NATTEN,
     OURS,
     BenchReport,
     Case,
     bench_case,
     growth,
 )
-from vision_attn.benchmark.stock import FlexTiles, token_places, window_of
+from vision_attn.benchmark.stock import DenseAttention, FlexTiles, token_places, window_of
 
 CPU = torch.device("cpu")
 
@@ -80,12 +85,51 @@ def test_without_flex_ours_and_dense_are_timed():
     assert told == [OURS, DENSE] * 3
 
 
+def test_the_triton_kernels_are_benchmarked_where_they_are_interpreted():
+    case = Case(va.Clear(radius=3), (8, 8), 1, 16)
+    ours, _dense = bench_case(case, repeats=1, warmup=0, flex=False, backend="triton").contenders
+    assert 0 < ours.max_error < 2e-5
+    assert ours.seconds > 0
+
+
+def test_pytorchs_fused_kernels_are_asked_for_by_name():
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    chosen = DenseAttention(SDPBackend.MATH)(query, key, value)
+    torch.testing.assert_close(chosen, DenseAttention()(query, key, value))
+    with pytest.raises(RuntimeError, match=r"No (available|viable) "):
+        DenseAttention(SDPBackend.CUDNN_ATTENTION)(query, key, value)
+
+
+def natten_module(attend):
+    module = types.ModuleType("natten")
+    module.na2d = attend
+    return module
+
+
+def test_natten_is_a_rival_of_neighborhoods(monkeypatch):
+    case = Case(va.Neighborhood(kernel_size=(3, 40)), (16, 8), 2, 16)
+    monkeypatch.setitem(sys.modules, "natten", None)
+    assert bench_case(case, repeats=1, flex=False).contenders[-1] == attention_bench.Contender(
+        NATTEN, None, problem="not installed"
+    )
+    monkeypatch.setitem(sys.modules, "natten", natten_module(va.na2d))
+    right = bench_case(case, repeats=1, flex=False).contenders[-1]
+    assert (right.name, right.problem) == (NATTEN, "")
+    assert right.max_error < 2e-5
+    wide = natten_module(lambda query, key, value, kernel_size: va.na2d(query, key, value, (5, 8)))
+    monkeypatch.setitem(sys.modules, "natten", wide)
+    assert bench_case(case, repeats=1, flex=False).contenders[-1].problem.startswith("wrong result, off by ")
+    circle = bench_case(Case(va.Clear(radius=3), (16, 8), 2, 16), repeats=1, flex=False)
+    assert [way.name for way in circle.contenders] == [OURS, DENSE]
+
+
 @pytest.mark.slow
 def test_all_rivals_are_checked_and_timed():
     result = bench_case(Case(va.Neighborhood(kernel_size=5), (16, 24), 2, 16), repeats=1, warmup=1)
-    assert [way.name for way in result.contenders] == [OURS, DENSE, FLEX_ROWS, FLEX_TILES, FLEX_PERMUTED]
-    assert [way.problem for way in result.contenders] == [""] * 5
-    assert all(way.max_error < 2e-5 for way in result.contenders if way.name != DENSE)
+    ways = [way for way in result.contenders if way.name != NATTEN]  # it may be installed
+    assert [way.name for way in ways] == [OURS, DENSE, FLEX_ROWS, FLEX_TILES, FLEX_PERMUTED]
+    assert [way.problem for way in ways] == [""] * 5
+    assert all(way.max_error < 2e-5 for way in ways if way.name != DENSE)
 
 
 class WrongInOneBorderQuery(va.Clear):
@@ -122,7 +166,8 @@ def test_a_rival_that_cannot_run_is_reported(monkeypatch):
 def test_growth_compares_two_sizes(monkeypatch):
     sizes = []
 
-    def attention(query, key, value, *, grid, radius):
+    def attention(query, key, value, *, grid, radius, backend):
+        assert backend == "auto"
         sizes.append((grid, query.shape, radius))
 
     monkeypatch.setattr(attention_bench.va, "clear_attention", attention)

@@ -1,7 +1,8 @@
-"""`vision-attn bench`: one attention call, ours against the best of stock PyTorch, in one process and in turns."""
+"""`vision-attn bench`: one attention call, ours against the best of PyTorch and NATTEN, in one process and in turns."""
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import vision_attn as va
 from vision_attn.benchmark.memory_probe import probe
@@ -17,8 +19,10 @@ from vision_attn.benchmark.stock import (
     DenseAttention,
     FlexRows,
     FlexTiles,
+    NattenAttention,
     Window,
     check_tiles,
+    kernel_of,
     token_places,
     window_of,
 )
@@ -26,6 +30,9 @@ from vision_attn.benchmark.timing import interleaved
 
 OURS = "vision-attn"
 DENSE = "dense SDPA"
+# PyTorch's fused implementations for GPUs, by name because which one it chooses depends on its version.
+DENSE_KERNELS = {f"{DENSE}, cuDNN": SDPBackend.CUDNN_ATTENTION, f"{DENSE}, flash": SDPBackend.FLASH_ATTENTION}
+NATTEN = "NATTEN"
 FLEX_ROWS = "flex, row-major blocks"
 FLEX_TILES = "flex, 8x8 tiles, permutation timed"
 FLEX_PERMUTED = "flex, 8x8 tiles, tokens permuted before"
@@ -113,6 +120,7 @@ def bench_case(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     flex: bool = True,
+    backend: str = "auto",
     on_run: Callable[[str], None] = lambda name: None,
 ) -> CaseResult:
     """Check every way's result, then time all of them in turns.
@@ -124,6 +132,7 @@ def bench_case(
         device: Where it runs.
         dtype: Of query, key and value.
         flex: False leaves FlexAttention out, which needs a C++ compiler on the CPU.
+        backend: Ours, as for `va.na2d`.
         on_run: Told the way's name after each timed run.
 
     Returns:
@@ -137,13 +146,14 @@ def bench_case(
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (1, case.heads, case.grid[0] * case.grid[1], case.head_dim)
     inputs = tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-    ways, problems = _ways(case, window, inputs, flex=flex)
+    ways, problems = _ways(case, window, inputs, flex=flex, backend=backend)
     errors = {}
     for name, (run, restore) in list(ways.items()):
-        if name == DENSE:
-            continue
         try:
-            errors[name] = _max_error(case, window, inputs, restore(run()))
+            output = restore(run())
+            if name.startswith(DENSE):
+                continue
+            errors[name] = _max_error(case, window, inputs, output)
         except Exception as error:  # the compiler's own errors have no common base
             if name == OURS:
                 raise
@@ -170,7 +180,7 @@ _Way = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
 
 
 def _ways(
-    case: Case, window: Window, inputs: tuple[Tensor, ...], *, flex: bool
+    case: Case, window: Window, inputs: tuple[Tensor, ...], *, flex: bool, backend: str
 ) -> tuple[dict[str, _Way], dict[str, str]]:
     """Name to (timed call, result to row-major `[B, H, S, D]`), and name to why a way is missing."""
     query, key, value = inputs
@@ -179,17 +189,31 @@ def _ways(
     layout = va.TokenLayout(case.grid)
     dense = DenseAttention()
     ways: dict[str, _Way] = {
-        OURS: (lambda: case.operator(*heads_last, layout), lambda output: output.transpose(1, 2)),
+        OURS: (lambda: case.operator(*heads_last, layout, backend=backend), _heads_first),
         DENSE: (lambda: dense(query, key, value), _unchanged),
     }
+    if device.type == "cuda":
+        for name, kernel in DENSE_KERNELS.items():
+            ways[name] = (functools.partial(DenseAttention(kernel), *inputs), _unchanged)
+    problems = {}
+    if isinstance(case.operator, va.Neighborhood):
+        try:
+            natten = NattenAttention(kernel_of(case.operator, case.grid), case.grid)
+            ways[NATTEN] = (functools.partial(natten, *heads_last), _heads_first)
+        except ImportError:
+            problems[NATTEN] = "not installed"
     if not flex:
-        return ways, {}
+        return ways, problems
     rows, tiles = FlexRows(window, case.grid, device), FlexTiles(window, case.grid, device)
     permuted = [tiles.permute(tensor) for tensor in inputs]
     ways[FLEX_ROWS] = (lambda: rows(query, key, value), _unchanged)
     ways[FLEX_TILES] = (lambda: tiles(query, key, value), _unchanged)
     ways[FLEX_PERMUTED] = (lambda: tiles.attend_tiles(*permuted), tiles.restore)
-    return ways, {}
+    return ways, problems
+
+
+def _heads_first(output: Tensor) -> Tensor:
+    return output.transpose(1, 2)
 
 
 def _unchanged(output: Tensor) -> Tensor:
@@ -219,6 +243,7 @@ def growth(
     head_dim: int = 64,
     repeats: int = 5,
     device: torch.device | str = "cpu",
+    backend: str = "auto",
     on_run: Callable[[str], None] = lambda name: None,
 ) -> float:
     """Time of `clear_attention` at 128x128 tokens over its time at 64x64: 4 is linear, 16 quadratic.
@@ -229,13 +254,14 @@ def growth(
         head_dim: Channels per head.
         repeats: Timed rounds.
         device: Where it runs.
+        backend: Ours.
         on_run: Told the size's name after each run.
     """
     calls = {}
     for side in (64, 128):
         inputs = [torch.randn(1, side * side, heads, head_dim, device=device) for _ in range(3)]
         calls[f"{side}x{side}"] = lambda inputs=inputs, side=side: va.clear_attention(
-            *inputs, grid=(side, side), radius=radius
+            *inputs, grid=(side, side), radius=radius, backend=backend
         )
     timings = interleaved(calls, repeats=repeats, warmup=1, device=device, on_run=on_run)
     return timings["128x128"].median / timings["64x64"].median
@@ -286,12 +312,15 @@ def bench_report(
     device: torch.device,
     dtype: torch.dtype,
     flex: bool,
+    backend: str,
     scaling: bool,
     on_run: Callable[[str], None] = lambda name: None,
 ) -> BenchReport:
     """Run the cases, then, with `scaling`, growth and memory of `clear_attention`; see `bench_case` for the rest."""
     results = tuple(
-        bench_case(case, repeats=repeats, warmup=warmup, device=device, dtype=dtype, flex=flex, on_run=on_run)
+        bench_case(
+            case, repeats=repeats, warmup=warmup, device=device, dtype=dtype, flex=flex, backend=backend, on_run=on_run
+        )
         for case in cases
     )
     environment = {
@@ -305,7 +334,7 @@ def bench_report(
     return BenchReport(
         environment,
         results,
-        growth(device=device, on_run=on_run) if scaling else None,
+        growth(device=device, backend=backend, on_run=on_run) if scaling else None,
         probe((192, 192), heads=4, head_dim=64, radius=8, device=str(device)) if scaling else None,
     )
 

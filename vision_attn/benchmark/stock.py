@@ -1,4 +1,4 @@
-"""The best that stock PyTorch offers for a 2-D attention window, as rivals for `vision-attn bench`.
+"""The best that PyTorch and NATTEN offer for a 2-D attention window, as rivals for `vision-attn bench`.
 
 Each rival is as fast as its users can have it: tensors come in the layout it wants, block masks are built beforehand,
 and token permutation, which it can share between layers, is timed apart.
@@ -6,12 +6,15 @@ and token permutation, which it can share between layers, is timed apart.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import vision_attn as va
@@ -39,10 +42,7 @@ def window_of(operator: Any, grid: tuple[int, int]) -> Window:
         limit = operator.radius**2
         return lambda qy, qx, ky, kx: (qy - ky) ** 2 + (qx - kx) ** 2 < limit
     if isinstance(operator, va.Neighborhood) and _all_ones(operator.stride) and _all_ones(operator.dilation):
-        _require_two_axes(operator)
-        size = operator.kernel_size
-        per_axis = (size, size) if isinstance(size, int) else tuple(size)
-        kernel = [min(k, n) for k, n in zip(per_axis, grid, strict=True)]
+        kernel = kernel_of(operator, grid)
 
         def inside(query: Tensor, key: Tensor, axis: int) -> Tensor:
             start = (query - kernel[axis] // 2).clamp(0, grid[axis] - kernel[axis])
@@ -53,6 +53,18 @@ def window_of(operator: Any, grid: tuple[int, int]) -> Window:
         "bench: ops must be clear(radius=...) or neighborhood(kernel_size=...) without further fields, "
         f"got {operator}: only these have a stock rival here"
     )
+
+
+def kernel_of(operator: va.Neighborhood, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the operator's window on this grid.
+
+    Raises:
+        ValueError: an operator for a grid of another number of axes.
+    """
+    _require_two_axes(operator)
+    size = operator.kernel_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return min(rows, grid[0]), min(columns, grid[1])
 
 
 def _require_two_axes(operator: va.Neighborhood) -> None:
@@ -69,11 +81,40 @@ def _all_ones(value: int | tuple[int, ...]) -> bool:
 
 
 class DenseAttention:
-    """`scaled_dot_product_attention` over all tokens: no window at all, so its result differs."""
+    """`scaled_dot_product_attention` over all tokens: no window at all, so its result differs.
+
+    Args:
+        kernel: The one of PyTorch's implementations to use; None leaves the choice to PyTorch.
+    """
+
+    def __init__(self, kernel: SDPBackend | None = None) -> None:
+        self.kernel = kernel
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`[B, H, S, D]` to `[B, H, S, D]`."""
-        return F.scaled_dot_product_attention(query, key, value)
+        with contextlib.nullcontext() if self.kernel is None else sdpa_kernel(self.kernel):
+            return F.scaled_dot_product_attention(query, key, value)
+
+
+class NattenAttention:
+    """NATTEN's `na2d`.
+
+    Args:
+        kernel_size: Of the window, rows and columns.
+        grid: Rows and columns of tokens.
+
+    Raises:
+        ImportError: NATTEN is not installed.
+    """
+
+    def __init__(self, kernel_size: tuple[int, int], grid: tuple[int, int]) -> None:
+        self.kernel_size, self.grid = kernel_size, grid
+        self.attend = importlib.import_module("natten").na2d
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`[B, S, H, D]` to `[B, S, H, D]`."""
+        rows = (tensor.unflatten(1, self.grid) for tensor in (query, key, value))
+        return self.attend(*rows, kernel_size=self.kernel_size).flatten(1, 2)
 
 
 class FlexRows:

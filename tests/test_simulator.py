@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+import runpy
+from pathlib import Path
 
 import oracle
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from published import FLUX, HUNYUAN, HUNYUAN_TIME, PUBLISHED
 
 import vision_attn as va
-from vision_attn.simulator import Simulation, end_to_end, simulate
+from vision_attn.kernels.reach import Ball, Box
+from vision_attn.simulator import Simulation, end_to_end, key_boxes, simulate, simulate_reach
 
 
 def run(tiles, window, stride, **options):
@@ -242,3 +245,23 @@ def test_amdahls_law():
     assert end_to_end(1, 10) == pytest.approx(10)
     assert end_to_end(0.5, math.inf) == 2
     assert end_to_end(0.5, math.inf, steps=4, dense_steps=4) == 1
+
+
+def test_the_picture_of_key_tiles_is_that_of_this_code():
+    path = Path(__file__).parents[1] / "assets" / "pictures" / "draw_key_tiles.py"
+    drawn = runpy.run_path(str(path))["picture"]()
+    assert drawn == path.with_name("key_tiles.svg").read_text(encoding="utf-8")
+    assert drawn.count("#b9d8c8") > 10
+
+
+@pytest.mark.parametrize("reach", [Ball.of_radius((12, 14), 5.0), Box((12, 14), (6, 5), (2, 1), (1, 1), (False, True))])
+@pytest.mark.parametrize("dynamic_kv", [False, True])
+def test_key_boxes_are_those_that_are_counted(reach, dynamic_kv):
+    boxes = [
+        box
+        for first in itertools.product(range(0, 12, 4), range(0, 14, 7))
+        for box in key_boxes(reach, first, (first[0] + 3, first[1] + 6), (2, 4), dynamic_kv)
+    ]
+    result = simulate_reach(reach, (4, 7), (2, 4), dynamic_kv)
+    assert len(boxes) == result.visited_mean * 6
+    assert sum(dense for _, dense in boxes) == pytest.approx(result.dense_share * len(boxes))

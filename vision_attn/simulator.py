@@ -223,22 +223,56 @@ def _count_box(reach: Box, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], dy
 
 def _axis_tiles(reach: Box, axis: int, q_size: int, kv_size: int, dynamic_kv: bool) -> Iterator[tuple[int, int, int]]:
     """Per query tile of all dilation groups of an axis: key tiles visited, dense, and seen whole."""
-    n, kernel, stride = reach.grid[axis], reach.kernel_size[axis], reach.stride[axis]
-    dilation, causal = reach.dilation[axis], reach.is_causal[axis]
-    for residue in range(dilation):
-        length = group_length(n, dilation, residue)
+    for residue in range(reach.dilation[axis]):
+        length = group_length(reach.grid[axis], reach.dilation[axis], residue)
         for first in range(0, length, q_size):
             last = min(first + q_size, length) - 1
-            # Starts and stops never fall from query to query: the first and the last one bound what all reach and see.
-            start, common_start = (box_start(query, length, kernel, stride, causal) for query in (first, last))
-            common_stop, stop = (
-                box_stop(query, begin, kernel, causal) for query, begin in ((first, start), (last, common_start))
-            )
-            begins = range(start if dynamic_kv else start // kv_size * kv_size, stop, kv_size)
-            inside = [begin for begin in begins if begin >= common_start]
-            dense = sum(begin + kv_size <= common_stop for begin in inside)
-            seen_whole = sum(min(begin + kv_size, length) <= common_stop for begin in inside)
-            yield len(begins), dense, seen_whole
+            tiles = _axis_keys(reach, axis, length, first, last, kv_size, dynamic_kv)
+            yield len(tiles), sum(dense for _, dense, _ in tiles), sum(whole for *_, whole in tiles)
+
+
+def _axis_keys(
+    reach: Box, axis: int, length: int, first: int, last: int, kv_size: int, dynamic_kv: bool
+) -> list[tuple[int, bool, bool]]:
+    """Key tiles that queries from `first` to `last` visit on an axis: where one begins, if dense, if seen whole."""
+    kernel, stride, causal = reach.kernel_size[axis], reach.stride[axis], reach.is_causal[axis]
+    # Starts and stops never fall from query to query: the first and the last one bound what all reach and see.
+    start, common_start = (box_start(query, length, kernel, stride, causal) for query in (first, last))
+    common_stop, stop = (
+        box_stop(query, begin, kernel, causal) for query, begin in ((first, start), (last, common_start))
+    )
+    return [
+        (
+            begin,
+            begin >= common_start and begin + kv_size <= common_stop,
+            begin >= common_start and min(begin + kv_size, length) <= common_stop,
+        )
+        for begin in range(start if dynamic_kv else start // kv_size * kv_size, stop, kv_size)
+    ]
+
+
+def key_boxes(
+    reach: Reach, first: tuple[int, ...], last: tuple[int, ...], kv_tile: tuple[int, ...], dynamic_kv: bool
+) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """Key tiles that the queries from `first` to `last` visit: where each begins, and if it is dense.
+
+    Args:
+        reach: A window without dilation.
+        first: First query per axis.
+        last: Last query per axis.
+        kv_tile: Keys per axis.
+        dynamic_kv: As for `simulate`.
+    """
+    if isinstance(reach, Ball):
+        for begin in _ball_boxes(reach, first, last, kv_tile, dynamic_kv, 0, reach.limit):
+            yield begin, _is_dense(reach, begin, first, last, kv_tile)[0]
+        return
+    axes = (
+        _axis_keys(reach, axis, n, first[axis], last[axis], kv_tile[axis], dynamic_kv)
+        for axis, n in enumerate(reach.grid)
+    )
+    for tiles in itertools.product(*axes):
+        yield tuple(begin for begin, _, _ in tiles), all(dense for _, dense, _ in tiles)
 
 
 def _count_ball(reach: Ball, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], dynamic_kv: bool) -> _Tally:
@@ -252,16 +286,20 @@ def _ball_tile(
 ) -> tuple[int, int, int]:
     """Key tiles that one query tile visits, dense, and seen whole."""
     last = [min(begin + size, n) - 1 for begin, size, n in zip(first, q_tile, reach.grid, strict=True)]
-    visited = dense = seen_whole = 0
-    for begin in _ball_boxes(reach, first, last, kv_tile, dynamic_kv, 0, reach.limit):
-        visited += 1
-        end = [b + size - 1 for b, size in zip(begin, kv_tile, strict=True)]
-        on_grid = [min(e, n - 1) for e, n in zip(end, reach.grid, strict=True)]
-        spans = [farthest(*pair) for pair in zip(begin, on_grid, first, last, strict=True)]
-        whole = sum(w * span * span for w, span in zip(reach.weights, spans, strict=True)) < reach.limit
-        seen_whole += whole
-        dense += whole and end == on_grid
-    return visited, dense, seen_whole
+    boxes = _ball_boxes(reach, first, last, kv_tile, dynamic_kv, 0, reach.limit)
+    tiles = [_is_dense(reach, begin, first, last, kv_tile) for begin in boxes]
+    return len(tiles), sum(dense for dense, _ in tiles), sum(whole for _, whole in tiles)
+
+
+def _is_dense(
+    reach: Ball, begin: Sequence[int], first: Sequence[int], last: Sequence[int], kv_tile: tuple[int, ...]
+) -> tuple[bool, bool]:
+    """Whether a key tile is dense for these queries, and whether they see it whole."""
+    end = [b + size - 1 for b, size in zip(begin, kv_tile, strict=True)]
+    on_grid = [min(e, n - 1) for e, n in zip(end, reach.grid, strict=True)]
+    spans = [farthest(*pair) for pair in zip(begin, on_grid, first, last, strict=True)]
+    whole = sum(w * span * span for w, span in zip(reach.weights, spans, strict=True)) < reach.limit
+    return whole and end == on_grid, whole
 
 
 def _ball_boxes(

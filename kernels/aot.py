@@ -23,7 +23,7 @@ from typing import Any
 
 from .binary import Binary, read_amdgcn, read_cubin
 from .chips import CHIPS, Chip
-from .launch import LaunchConfig, config_of, tables, tile_shape
+from .launch import LaunchConfig, config_of, rows_for, tables, tile_shape
 
 # Module and function of each kernel of the table.
 KERNELS = {
@@ -111,7 +111,7 @@ def launches(chips: Sequence[str], kernels: Sequence[str] = tuple(KERNELS)) -> I
     """Every launch of the table for these chips."""
     for chip in chips:
         for kernel in kernels:
-            for row in tables()[-1][kernel].get(chip, []) or tables()[-1][kernel]["default"]:
+            for row in rows_for(tables()[-1][kernel], chip):
                 config = config_of(row)
                 for window in ("box", "circle") if kernel.startswith("windowed") else ("",):
                     yield Launch(chip, kernel, window, "fp32" if row["bits"] == 32 else "bf16", row["head_dim"], config)

@@ -6,14 +6,14 @@ agents first collect from all keys, then every query reads the agents. No logits
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .biased_kernels import _biased_backward_dkv_kernel, _biased_backward_dq_kernel, _biased_forward_kernel
-from .launch import LaunchConfig, architecture_of, choose, launch_options
+from .launch import LaunchConfig, architecture_of, choose, cut, launch_options
 from .tensors import (
     NAMESPACE,
     delta_of,
@@ -127,8 +127,7 @@ class Call:
         """The launch of a kernel on this device."""
         head_dim = max(self.query.shape[3], self.value.shape[3])
         config = choose(kernel, head_dim, self.query.dtype, architecture_of(self.query.device))
-        q_tokens, kv_tokens = (power_of_two(x.shape[1]) for x in (self.query, self.key))
-        return replace(config, q_tokens=min(config.q_tokens, q_tokens), kv_tokens=min(config.kv_tokens, kv_tokens))
+        return cut(config, kernel, power_of_two(self.query.shape[1]), power_of_two(self.key.shape[1]))
 
 
 def splits_for(device: torch.device, programs: int, steps: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .block_sparse_kernels import (
     _block_sparse_backward_dq_kernel,
     _block_sparse_forward_kernel,
 )
-from .launch import LaunchConfig, architecture_of, choose, launch_options
+from .launch import LaunchConfig, architecture_of, choose, cut, launch_options
 from .tensors import (
     NAMESPACE,
     delta_of,
@@ -132,8 +132,7 @@ class Call:
         head_dim = max(self.query.shape[3], self.value.shape[3])
         config = choose(kernel, head_dim, self.query.dtype, architecture_of(self.query.device))
         # A piece of a block need not be larger than the block.
-        q_tokens, kv_tokens = (power_of_two(block) for block in (self.block_q, self.block_k))
-        return replace(config, q_tokens=min(config.q_tokens, q_tokens), kv_tokens=min(config.kv_tokens, kv_tokens))
+        return cut(config, kernel, power_of_two(self.block_q), power_of_two(self.block_k))
 
     def lists(self) -> tuple[Tensor, Tensor]:
         """The listed blocks before those that list nothing, int32, and their number per row."""

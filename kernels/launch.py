@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) ->
         kernel: A key of the file, such as `windowed_forward`.
         head_dim: Up to 256.
         dtype: Of query, key and value.
-        architecture: `sm80`, `gfx942`, ...; one that the file lacks uses its default.
+        architecture: `sm80`, `gfx942`, ...; see `rows_for`.
 
     Raises:
         NotImplementedError: a larger head dim.
@@ -60,15 +60,31 @@ def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) ->
     bits = 32 if dtype == torch.float32 else 16
     for table in tables():
         rows = table.get(kernel, {})
-        for row in (*rows.get(architecture, ()), *rows.get("default", ())):
+        for row in rows_for(rows, architecture):
             if row["bits"] == bits and head_dim <= row["head_dim"]:
                 return config_of(row)
     raise NotImplementedError(f"{kernel}: head_dim must be at most 256, got {head_dim}: use backend='tiled'")
 
 
+def rows_for(rows: dict[str, list[dict[str, Any]]], architecture: str) -> list[dict[str, Any]]:
+    """A kernel's rows for an architecture: its own; else those of a relative; else the default, which fits small chips.
+
+    AMD's chips have 64 KiB of shared memory and warps of 64, so that NVIDIA's rows do not suit them.
+    """
+    relative = "gfx942" if architecture.startswith("gfx") else "default"
+    return rows.get(architecture) or rows.get(relative) or rows.get("default", [])
+
+
 def config_of(row: dict[str, Any]) -> LaunchConfig:
     """The launch of a row of the table."""
     return LaunchConfig(row["q_tokens"], row["kv_tokens"], row["warps"], row["stages"], row.get("registers"))
+
+
+def cut(config: LaunchConfig, kernel: str, q_tokens: int, kv_tokens: int) -> LaunchConfig:
+    """The launch with tiles of at most so many tokens, powers of two; each warp keeps its rows of the tile it holds."""
+    smaller = replace(config, q_tokens=min(config.q_tokens, q_tokens), kv_tokens=min(config.kv_tokens, kv_tokens))
+    held = "kv_tokens" if kernel.endswith("dkv") else "q_tokens"
+    return replace(smaller, warps=max(1, config.warps * getattr(smaller, held) // getattr(config, held)))
 
 
 def launch_options(config: LaunchConfig) -> dict[str, int]:

@@ -121,6 +121,12 @@ def test_a_bad_binary_does_not_pass(change, shared, fault):
     assert aot.judge(LAUNCH, dataclasses.replace(GOOD, **change), shared).faults == (fault,)
 
 
+def test_spills_that_a_row_owns_up_to():
+    known = dataclasses.replace(LAUNCH, spills=3)
+    assert aot.judge(known, dataclasses.replace(GOOD, spills=3), 0).faults == ()
+    assert aot.judge(known, dataclasses.replace(GOOD, spills=4), 0).faults == ("4 spills, 3 are known",)
+
+
 def test_the_table_shows_what_is_wrong(monkeypatch, capsys):
     bad = aot.judge(LAUNCH, dataclasses.replace(GOOD, spills=3), 0)
     monkeypatch.setattr(aot, "compile_all", lambda chosen, processes: iter([aot.judge(LAUNCH, GOOD, 0), bad]))
@@ -131,6 +137,17 @@ def test_the_table_shows_what_is_wrong(monkeypatch, capsys):
     assert good.endswith(" ok")
     assert wrong.endswith(" 3 spills")
     assert "computed, not measured" in note
+
+
+def test_the_gate_compiles_every_row_for_four_chips(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(aot, "compile_all", lambda chosen, processes: asked.extend(chosen) or iter(()))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert aot.main(["--gate"]) == 0
+    capsys.readouterr()
+    assert {launch.chip for launch in asked} == {"sm80", "sm90", "sm100", "gfx942"}
+    rows = 6 * (3 * 2 + 6)  # head dims and dtypes; three kernels have two windows each, six have none
+    assert len(asked) == len(set(asked)) == 4 * rows
 
 
 def test_interpreted_kernels_are_not_judged(monkeypatch, capsys):

@@ -87,7 +87,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        loops = [dataclasses.asdict(loop) for loop in self.binary.attention_loops]
+        loops = [dataclasses.asdict(loop) for loop in self.binary.loops]
         config = dataclasses.asdict(self.launch.config)
         names = ("chip", "kernel", "window", "dtype", "head_dim")
         return (
@@ -151,7 +151,7 @@ def compile_launch(launch: Launch) -> Report:
 def judge(launch: Launch, binary: Binary, shared: int) -> Report:
     """Faults of a binary, and what to expect of it."""
     chip = CHIPS[launch.chip]
-    loops = binary.attention_loops
+    loops = binary.loops
     faults = []
     if binary.spills > launch.spills:
         faults.append(f"{binary.spills} spills" + (f", {launch.spills} are known" if launch.spills else ""))
@@ -290,7 +290,7 @@ def table(reports: Sequence[Report]) -> str:
     lines = [_line(*_HEAD)]
     for report in reports:
         launch, config, binary = report.launch, report.launch.config, report.binary
-        loops = "/".join(str(loop.instructions) for loop in binary.attention_loops)
+        loops = "/".join(str(loop.instructions) for loop in binary.loops)
         bound = f"{report.bound} {report.peak:.0%}" if report.bound else ""
         tile, gate = f"{config.q_tokens}x{config.kv_tokens}", "; ".join(report.faults) or "ok"
         shape = (launch.chip, launch.kernel, launch.window, launch.dtype, launch.head_dim, tile)

@@ -9,9 +9,12 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+
+from .control_flow import Jump, natural_loops
 
 # Tensor-core instructions: of Ampere to Ada (HMMA), Hopper (HGMMA), Blackwell (UTC..MMA), AMD (v_mfma).
 _TENSOR = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)\b")
@@ -21,21 +24,21 @@ _SPILL = re.compile(r"\b(STL|LDL|scratch_load\w*|scratch_store\w*|buffer_store_d
 _SASS_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
 _GCN_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
+# Label that a branch names, None for the program's end; whether the next instruction is never reached from it.
+_NamedJump = tuple[str | None, bool]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop.
+    """A loop over keys or queries.
 
     Attributes:
         instructions: Of its body.
         tensor: Tensor-core instructions of its body.
-        attends: Whether it computes exponentials, as every loop over keys or queries does.
     """
 
     instructions: int
     tensor: int
-    attends: bool
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Binary:
         spills: Instructions that move registers to memory or back.
         lanes: Scalars that an AMD kernel keeps in lanes of vector registers for want of scalar ones: no memory traffic.
         tensor: Tensor-core instructions.
-        loops: Innermost loops.
+        loops: Innermost of the loops that compute exponentials, as every loop over keys or queries does.
     """
 
     registers: int
@@ -55,11 +58,6 @@ class Binary:
     tensor: int
     loops: tuple[Loop, ...]
     lanes: int = 0
-
-    @property
-    def attention_loops(self) -> tuple[Loop, ...]:
-        """Innermost loops that compute exponentials."""
-        return tuple(loop for loop in self.loops if loop.attends)
 
 
 def read_cubin(cubin: bytes) -> Binary:
@@ -72,12 +70,12 @@ def read_cubin(cubin: bytes) -> Binary:
     registers = re.search(r"\bREG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"read_cubin: cuobjdump named no registers: {usage[:200]!r}")
-    return _read(sass.splitlines(), int(registers[1]), _sass_branch)
+    return _read(sass.splitlines(), int(registers[1]), _sass_jump)
 
 
 def read_amdgcn(assembly: str) -> Binary:
     """The binary of an AMD kernel; its registers are the vector ones, accumulators included."""
-    binary = _read(assembly.splitlines(), int(_field(assembly, "vgpr_count")), _gcn_branch)
+    binary = _read(assembly.splitlines(), int(_field(assembly, "vgpr_count")), _gcn_jump)
     # The compiler spills scalars to lanes first; it says by the size of the private segment if any went to memory.
     in_memory = int(_field(assembly, "private_segment_fixed_size")) > 0
     scalars = int(_field(assembly, "sgpr_spill_count"))
@@ -92,55 +90,56 @@ def _field(assembly: str, name: str) -> str:
     return found[1]
 
 
-def _read(lines: list[str], registers: int, branch_of) -> Binary:  # type: ignore[no-untyped-def]
+def _read(lines: Sequence[str], registers: int, jump_of: Callable[[str], _NamedJump | None]) -> Binary:
     code: list[str] = []
     labels: dict[str, int] = {}
-    backward: list[tuple[int, int]] = []
     for line in lines:
         label = _SASS_LABEL.match(line) or _GCN_LABEL.match(line)
+        text = _instruction(line)
         if label:
             labels[label[1]] = len(code)
-            continue
-        instruction, target = branch_of(line)
-        if instruction is None:
-            continue
-        if target in labels:
-            backward.append((labels[target], len(code) + 1))
-        code.append(instruction)
-    # A branch to itself behind the end is padding.
-    loops = [(start, stop) for start, stop in backward if stop - start > 1]
-    innermost = [
-        (start, stop)
-        for start, stop in loops
-        if not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in loops)
-    ]
+        elif text:
+            code.append(text)
+    named = {index: jump for index, text in enumerate(code) if (jump := jump_of(text)) is not None}
+    jumps = {index: Jump(labels.get(target) if target else None, always) for index, (target, always) in named.items()}
     return Binary(
         registers,
         sum(bool(_SPILL.search(line)) for line in code),
         sum(bool(_TENSOR.search(line)) for line in code),
-        tuple(_loop(code[start:stop]) for start, stop in innermost),
+        tuple(_attention_loops(code, natural_loops(len(code), jumps))),
     )
 
 
-def _loop(body: list[str]) -> Loop:
-    tensor = sum(bool(_TENSOR.search(line)) for line in body)
-    return Loop(len(body), tensor, any(_EXPONENTIAL.search(line) for line in body))
+def _attention_loops(code: Sequence[str], loops: Sequence[Sequence[int]]) -> Iterator[Loop]:
+    """Loops with exponentials but none in a loop of theirs; within them may be loops that wait for memory."""
+    attending = [set(body) for body in loops if any(_EXPONENTIAL.search(code[index]) for index in body)]
+    for body in attending:
+        if not any(other < body for other in attending):
+            yield Loop(len(body), sum(bool(_TENSOR.search(code[index])) for index in body))
 
 
-def _sass_branch(line: str) -> tuple[str | None, str | None]:
-    match = _SASS_LINE.match(line)
-    if match is None:
-        return None, None
-    target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", match[1])
-    return match[1], target[1] if target else None
-
-
-def _gcn_branch(line: str) -> tuple[str | None, str | None]:
+def _instruction(line: str) -> str:
+    """The instruction of a line of either assembly; empty where there is none."""
+    sass = _SASS_LINE.match(line)
+    if sass:
+        return sass[1]
     text = line.split(";")[0].strip()
-    if not line.startswith("\t") or not text or text.startswith("."):
-        return None, None
-    target = re.match(r"s_c?branch\w*\s+(\.LBB\d+_\d+)", text)
-    return text, target[1] if target else None
+    return text if line.startswith("\t") and not text.startswith((".", "/*")) else ""
+
+
+def _sass_jump(text: str) -> _NamedJump | None:
+    branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
+    if branch:
+        conditional = text.startswith("@") or re.search(r"\bBRA\S*\s+!?U?P\d", text)
+        return branch[1], not conditional
+    return (None, True) if re.match(r"(EXIT|RET)\b", text) else None
+
+
+def _gcn_jump(text: str) -> _NamedJump | None:
+    branch = re.match(r"s_(c?)branch\w*\s+(\.LBB\d+_\d+)", text)
+    if branch:
+        return branch[2], not branch[1]
+    return (None, True) if re.match(r"s_(endpgm|setpc)", text) else None
 
 
 @lru_cache(maxsize=4)

@@ -20,6 +20,9 @@ SASS = """
         /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R14, R4 ;
         /*0060*/                   MUFU.EX2 R9, R4 ;
         /*0070*/                   STL [R1+0x4], R9 ;
+.L_x_5:
+        /*0074*/                   SYNCS.PHASECHK.TRANS64 P3, [R8], R9 ;
+        /*0078*/              @!P3 BRA `(.L_x_5) ;
         /*0080*/              @!P0 BRA `(.L_x_2) ;
         /*0090*/                   LDL R9, [R1+0x4] ;
         /*00a0*/               @P1 BRA `(.L_x_1) ;
@@ -52,11 +55,10 @@ def read_sass(monkeypatch, sass):
 
 
 def test_an_nvidia_binary(monkeypatch):
-    """The innermost of two nested loops, one that is no attention, and no padding that branches to itself."""
+    """The innermost of two nested loops, with a wait in it; neither one without exponentials nor padding."""
     found = read_sass(monkeypatch, SASS)
     assert (found.registers, found.spills, found.tensor) == (168, 2, 3)
-    assert found.loops == (Loop(6, 2, attends=True), Loop(2, 0, attends=False))
-    assert found.attention_loops == (Loop(6, 2, attends=True),)
+    assert found.loops == (Loop(8, 2),)
 
 
 def test_a_register_count_that_is_not_there(monkeypatch):
@@ -72,7 +74,7 @@ def test_a_register_count_that_is_not_there(monkeypatch):
 def test_an_amd_binary(segment, scalars, vectors, spills, lanes):
     """Scalars that are kept in vector lanes are no spills to memory."""
     found = binary.read_amdgcn(GCN.format(segment=segment, scalars=scalars, vectors=vectors))
-    assert found == Binary(72, spills, 1, (Loop(3, 1, attends=True),), lanes)
+    assert found == Binary(72, spills, 1, (Loop(3, 1),), lanes)
 
 
 def test_an_amd_spill_instruction_counts():
@@ -90,7 +92,7 @@ def test_an_amd_field_that_is_not_there():
 # ---- the gate ----
 
 LAUNCH = aot.Launch("sm90", "windowed_forward", "box", "bf16", 64, LaunchConfig(128, 64, 8, 3))
-GOOD = Binary(128, 0, 8, (Loop(300, 8, attends=True),))
+GOOD = Binary(128, 0, 8, (Loop(300, 8),))
 
 
 def test_a_good_binary_passes_with_its_predictions():
@@ -109,9 +111,8 @@ def test_a_good_binary_passes_with_its_predictions():
         ({"spills": 3}, 0, "3 spills"),
         ({}, 228 * 1024, "233472 bytes of shared memory, 232448 is the limit"),
         ({"loops": ()}, 0, "no attention loop found"),
-        ({"loops": (Loop(9, 8, attends=False),)}, 0, "no attention loop found"),
         (
-            {"loops": (Loop(9, 8, attends=True), Loop(9, 0, attends=True))},
+            {"loops": (Loop(9, 8), Loop(9, 0))},
             0,
             "an attention loop without tensor-core instructions",
         ),

@@ -48,10 +48,10 @@ def tune(
         A table in the form of `launch_configs.json`, for this architecture.
 
     Raises:
-        ValueError: an unknown kernel or dtype, or no GPU.
+        ValueError: an unknown kernel or dtype, a head dim out of range, or no GPU.
         RuntimeError: no candidate that runs.
     """
-    require(kernels, dtypes, device)
+    require(kernels, dtypes, head_dims, device)
     architecture = architecture_of(torch.device(device))
     table: dict[str, Any] = {kernel: {architecture: []} for kernel in kernels}
     for dtype, head_dim in itertools.product(dtypes, sorted(head_dims)):
@@ -63,8 +63,11 @@ def tune(
     return table
 
 
-def require(kernels: Sequence[str], dtypes: Sequence[str], device: str = "cuda") -> None:
-    """Raise ValueError for an unknown kernel or dtype, and where there is no GPU."""
+def require(kernels: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int], device: str = "cuda") -> None:
+    """Raise ValueError for an unknown kernel or dtype, a head dim that no kernel takes, and where there is no GPU."""
+    for head_dim in head_dims:
+        if not 1 <= head_dim <= 256:
+            raise ValueError(f"tune: head_dims must be 1 to 256, got {head_dim}")
     for name, given, known in (("kernels", kernels, KERNELS), ("dtypes", dtypes, tuple(DTYPES))):
         for item in given:
             if item not in known:

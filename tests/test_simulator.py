@@ -187,6 +187,10 @@ def test_counts_of_a_circle_are_the_tiles_that_hold_a_reachable_key(grid, radius
     assert result.fully_block_sparse == bool((whole == visited).all())
 
 
+def test_a_circle_on_one_axis():
+    assert simulate((9,), radius=(2,), q_tile=1, kv_tile=1) == simulate((9,), radius=2, q_tile=1, kv_tile=1)
+
+
 def test_a_key_tile_that_starts_with_the_window_is_one_less():
     """A window of 4 over tiles of 4 straddles two of a raster, one that begins with it."""
     counts = [simulate((64,), 4, 4, q_tile=4, kv_tile=4, dynamic_kv=dynamic).visited_worst for dynamic in (False, True)]
@@ -215,6 +219,7 @@ WRONG = [
     ({"grid": (8, 8)}, ValueError, r"simulate: kernel_size or radius must be given, got neither"),
     ({"grid": (8, 8), "kernel_size": 3, "radius": 2}, ValueError, r"kernel_size or radius must be given, got both"),
     ({"grid": (8, 8), "radius": 2, "dilation": 2}, ValueError, r"dilation must be left out with radius, got 2"),
+    ({"grid": (8, 8), "kernel_size": 3, "dynamic_kv": "no"}, TypeError, r"dynamic_kv must be True or False, got 'no'"),
     ({"grid": (8, 8), "radius": -1}, ValueError, r"simulate: radius must be above 0 and finite, got -1"),
     ({"grid": (8, 8), "radius": (2, 3, 4)}, ValueError, r"radius must be one value or 2 of them .* got \(2, 3, 4\)"),
 ]  # fmt: skip

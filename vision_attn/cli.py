@@ -296,6 +296,8 @@ def simulate(
     from vision_attn.simulator import end_to_end
     from vision_attn.simulator import simulate as count
 
+    if fraction is None and (steps, dense_steps) != (1, 0):
+        raise ValueError("--fraction must come with --steps and --dense-steps: the share of the time that is attention")
     tokens = parse_axes(grid, "--grid")
     axes = (tokens,) if isinstance(tokens, int) else tokens
     window: dict[str, Any] = {
@@ -348,10 +350,11 @@ def tune(
     from vision_attn.kernels import tune as tuning
 
     chosen, types = kernels or tuning.KERNELS, dtypes or ["bfloat16"]
-    tuning.require(chosen, types)
+    widths = head_dims or [64, 128]
+    tuning.require(chosen, types, widths)
     require_writable(out, out)
     with progress(None, "launch") as on_run:
-        table = tuning.tune(chosen, head_dims or [64, 128], types, on_run=on_run)
+        table = tuning.tune(chosen, widths, types, on_run=on_run)
     content = tuning.to_json(table).encode()
     write_all({out: lambda file: file.write(content)}, on_ready=_appearing.extend)
     typer.echo(f"The table: {out}. The kernels read it where VISION_ATTN_LAUNCH_CONFIGS={out.absolute()}")

@@ -119,6 +119,8 @@ def simulate(
     q_sizes, kv_sizes = (
         _checked_tile(where, name, value, len(grid)) for name, value in (("q_tile", q_tile), ("kv_tile", kv_tile))
     )
+    if not isinstance(dynamic_kv, bool):
+        raise TypeError(f"{where}: dynamic_kv must be True or False, got {dynamic_kv!r}")
     if (kernel_size is None) == (radius is None):
         given = "neither" if radius is None else "both"
         raise ValueError(f"{where}: kernel_size or radius must be given, got {given}: use one of them")

@@ -143,3 +143,38 @@ WRONG = [
 def test_wrong_input_is_named(arguments, kind, message):
     with pytest.raises(kind, match=message):
         va.agent_attention(**{"query": X, "key": X, "value": X, "agents": A} | arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_wider_than_the_query_is_not_rounded(backend):
+    """A constant changes nothing, and noise on it must stay: half precision has steps of 8 at 1e4."""
+    q, k, v, a = (x.half() for x in inputs())
+    bias = torch.randn(5, 13) - 1e4
+    expected = truth(*(x.double() for x in (q, k, v, a)), 6**-0.5, 6**-0.5, bias.double(), None)
+    output = va.agent_attention(q, k, v, a, agent_bias=bias, backend=backend)
+    torch.testing.assert_close(output.double(), expected, atol=6e-3, rtol=6e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_another_dtype(backend):
+    q, k, v, a = inputs()
+    biases = torch.randn(5, 13, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float16)
+    expected = truth(*(x.double() for x in (q, k, v, a)), 6**-0.5, 6**-0.5, *(bias.double() for bias in biases))
+    output = va.agent_attention(q, k, v, a, agent_bias=biases[0], query_bias=biases[1], backend=backend)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_agent_and_a_query_from_which_all_is_hidden(backend):
+    tensors = [x.requires_grad_() for x in inputs()]
+    agent_bias, query_bias = torch.zeros(5, 13), torch.zeros(9, 5)
+    agent_bias[1], query_bias[2] = float("-inf"), float("-inf")
+    output = va.agent_attention(*tensors, agent_bias=agent_bias, query_bias=query_bias, backend=backend)
+    q, k, v, a = (x.detach().double() for x in tensors)
+    collect = (torch.einsum("bnhd,bshd->bhns", a, k.repeat_interleave(2, 2)) * 6**-0.5).softmax(-1)
+    collect[:, :, 1] = 0
+    read = (torch.einsum("bqhd,bnhd->bhqn", q, a) * 6**-0.5).softmax(-1)
+    read[:, :, 2] = 0
+    expected = torch.einsum("bhqn,bhns,bshd->bqhd", read, collect, v.repeat_interleave(2, 2))
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), tensors))

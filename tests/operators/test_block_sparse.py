@@ -200,3 +200,35 @@ def test_wrong_input_is_named(arguments, kind, message):
     given = {"query": X, "key": X, "value": X, "block_index": INDEX, "block_size": 4} | arguments
     with pytest.raises(kind, match=message):
         va.block_sparse_attention(**given)
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_narrow_indices(backend, dtype):
+    """200 blocks are more than int8 can count, and an unsigned index has no -1 to compare with."""
+    x = torch.randn(1, 200, 1, 4)
+    index = (torch.arange(200) % 127).view(1, 1, 200, 1)
+    outputs = [
+        va.block_sparse_attention(x, x, x, index.to(kind), block_size=1, backend=backend)
+        for kind in (dtype, torch.int64)
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
+@pytest.mark.parametrize(("batch", "heads", "width_v"), [(0, 2, 8), (1, 2, 0)])
+def test_empty_axes(backend, batch, heads, width_v):
+    x, value = torch.randn(batch, 20, heads, 8), torch.randn(batch, 20, heads, width_v)
+    index = torch.zeros(batch, 1, 2, 1, dtype=torch.int64)
+    output = va.block_sparse_attention(x, x, value, index, block_size=16, backend=backend)
+    assert output.shape == (batch, 20, heads, width_v)
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled", "triton"])
+def test_blocks_far_longer_than_the_sequence(backend):
+    x = torch.randn(1, 20, 2, 8)
+    output = va.block_sparse_attention(
+        x, x, x, torch.zeros(1, 1, 1, 1, dtype=torch.int64), block_size=2**31, backend=backend
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (x, x, x)))
+    torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-5, rtol=1e-4)

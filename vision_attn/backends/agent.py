@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -33,8 +34,8 @@ def dense_agent(
     wide, group = accumulator(query.dtype), query.shape[2] // key.shape[2]
     q, a = (x.to(wide).transpose(1, 2) for x in (query, agents))
     k, v = (x.to(wide).repeat_interleave(group, dim=2).transpose(1, 2) for x in (key, value))
-    collect = (scale * a @ k.transpose(-1, -2) + _or_zero(agent_bias)).softmax(-1)
-    read = (query_scale * q @ a.transpose(-1, -2) + _or_zero(query_bias)).softmax(-1)
+    collect = _softmax(scale * a @ k.transpose(-1, -2), agent_bias)
+    read = _softmax(query_scale * q @ a.transpose(-1, -2), query_bias)
     return (read @ (collect @ v)).transpose(1, 2).to(query.dtype)
 
 
@@ -43,17 +44,25 @@ def tiled_agent(
     scale: float, query_scale: float,
 ) -> Tensor:  # fmt: skip
     """`dense_agent` by two fused attentions; memory is linear in the tokens."""
-    q, k, v, a = (x.transpose(1, 2) for x in (query, key, value, agents))
+    # A mask must have the query's dtype, and a bias rounded to half precision is another one.
+    exact = all(bias is None or bias.dtype == query.dtype for bias in (agent_bias, query_bias))
+    dtype = query.dtype if exact else accumulator(query.dtype)
+    q, k, v, a = (x.to(dtype).transpose(1, 2) for x in (query, key, value, agents))
     collected = scaled_dot_product_attention(
-        a, k, v, attn_mask=_like(agent_bias, query), scale=scale, enable_gqa=a.shape[1] != k.shape[1]
+        a, k, v, attn_mask=_as(agent_bias, dtype), scale=scale, enable_gqa=a.shape[1] != k.shape[1]
     )
-    output = scaled_dot_product_attention(q, a, collected, attn_mask=_like(query_bias, query), scale=query_scale)
-    return output.transpose(1, 2)
+    output = scaled_dot_product_attention(q, a, collected, attn_mask=_as(query_bias, dtype), scale=query_scale)
+    return output.transpose(1, 2).to(query.dtype)
 
 
-def _or_zero(bias: Tensor | None) -> Tensor | float:
-    return 0.0 if bias is None else bias
+def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """Weights of the last axis; zeros where everything is hidden."""
+    if bias is None:
+        return logits.softmax(-1)
+    logits = logits + bias.to(logits.dtype)
+    hidden = (logits == float("-inf")).all(-1, keepdim=True)
+    return logits.masked_fill(hidden, 0.0).softmax(-1).masked_fill(hidden, 0.0)
 
 
-def _like(bias: Tensor | None, query: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(query.dtype)
+def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)

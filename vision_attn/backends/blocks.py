@@ -183,10 +183,11 @@ def _block_rows(x: Tensor, block: int) -> tuple[int, int]:
 def _to_blocks(x: Tensor, block: int) -> Tensor:
     """`[B, S, H, D]` to `[B * H * blocks, block, D]`, zeros behind the end."""
     padded = pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block))
-    return padded.reshape(-1, block, x.shape[3])
+    return padded.reshape(*_block_rows(x, block), x.shape[3])
 
 
 def _to_sequence(blocks: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_to_blocks`, with the batch, tokens and heads of `like`."""
     batch, tokens, heads, _ = like.shape
-    return blocks.reshape(batch, heads, -1, blocks.shape[-1])[:, :, :tokens].transpose(1, 2).contiguous()
+    rows = -(-tokens // blocks.shape[1]) * blocks.shape[1]
+    return blocks.reshape(batch, heads, rows, blocks.shape[-1])[:, :, :tokens].transpose(1, 2).contiguous()

@@ -38,8 +38,9 @@ def agent_attention(
         agents: `[B, n, H, D]`, at least one.
         scale: Factor on the agents' logits; None is `D ** -0.5`.
         query_scale: Factor on the queries' logits; None means `scale`.
-        agent_bias: Broadcastable to `[B, H, n, S]`, added to the agents' logits.
-        query_bias: Broadcastable to `[B, H, Sq, n]`, added to the queries' logits.
+        agent_bias: Broadcastable to `[B, H, n, S]`, added to the agents' logits; `-inf` hides a pair, and an agent from
+            which all is hidden collects zeros.
+        query_bias: Broadcastable to `[B, H, Sq, n]`, added to the queries' logits; as before.
         backend: `"auto"`, `"dense"`, `"tiled"` or `"triton"`.
 
     Returns:

@@ -69,6 +69,8 @@ def block_sparse_attention(
     check_cross_inputs(where, query, key, value)
     blocks = _checked_blocks(where, block_size)
     index = _checked_index(where, block_index, query, key, blocks)
+    # A block longer than the sequence is one of the sequence's length.
+    blocks = min(blocks[0], max(query.shape[1], 1)), min(blocks[1], max(key.shape[1], 1))
     factor = resolve_scale(where, scale, query.shape[-1])
     chosen = resolve(backend, where, query, value)
     with no_autocast(query):
@@ -100,6 +102,7 @@ def _checked_index(where: str, index: Any, query: Tensor, key: Tensor, blocks: t
             f"{where}: block_index must have shape [B, H or 1, ceil(Sq / bq), n] = [{batch}, {heads} or 1, {rows}, n], "
             f"got {list(index.shape)}"
         )
+    index = index.to(torch.int64)  # narrow types hold neither the count of blocks nor, without a sign, -1
     _check_range(where, index, count)
     index = index.to(torch.int32).sort(-1).values
     repeated = torch.zeros_like(index, dtype=torch.bool)

@@ -317,8 +317,8 @@ def checked_ball(where: str, grid: tuple[int, ...], radius: Any) -> Ball:
 
 def _checked_radius(where: str, radius: Any) -> float | tuple[float, ...]:
     if isinstance(radius, (list, tuple)):
-        if not 2 <= len(radius) <= 3:
-            raise ValueError(f"{where}: radius must be one value or one per grid axis, 2 or 3, got {radius!r}")
+        if not 1 <= len(radius) <= 3:
+            raise ValueError(f"{where}: radius must be one value or one per grid axis, 1 to 3, got {radius!r}")
         return tuple(_checked_length(where, item) for item in radius)
     return _checked_length(where, radius)
 

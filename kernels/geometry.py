@@ -49,6 +49,16 @@ class Geometry:
         t, y, x = (-(-n // d) for n, d in zip(self.grid, self.dilation, strict=True))
         return t, y, x
 
+    @property
+    def window_keys(self) -> int:
+        """Keys of the box around a window; 0 where there is none."""
+        if not self.windowed:
+            return 0
+        if not self.limit:
+            return math.prod(self.window)
+        sides = (2 * math.isqrt((self.limit - 1) // weight) + 1 for weight in self.window)
+        return math.prod(min(side, n) for side, n in zip(sides, self.grid, strict=True))
+
     def tiles(self, tile: Axes) -> int:
         """Programs per head for boxes of this shape, those of all dilation groups."""
         boxes = (-(-n // size) for n, size in zip(self.group_lengths, tile, strict=True))

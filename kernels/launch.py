@@ -45,14 +45,15 @@ class LaunchConfig:
                 raise ValueError(f"LaunchConfig: {name} must be a power of two of at least {least}, got {value!r}")
 
 
-def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) -> LaunchConfig:
-    """The launch of a kernel for this head dim (the larger of keys and values), dtype and architecture.
+def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str, window: int = 0) -> LaunchConfig:
+    """The launch of a kernel for this head dim (the larger of keys and values), dtype, architecture and window.
 
     Args:
         kernel: A key of the file, such as `windowed_forward`.
         head_dim: Up to 256.
         dtype: Of query, key and value.
         architecture: `sm80`, `gfx942`, ...; see `rows_for`.
+        window: Keys of the box around a window. A row may have a `window`, the most it serves; 0 fits in any.
 
     Raises:
         NotImplementedError: a larger head dim.
@@ -61,7 +62,7 @@ def choose(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) ->
     for table in tables():
         rows = table.get(kernel, {})
         for row in rows_for(rows, architecture):
-            if row["bits"] == bits and head_dim <= row["head_dim"]:
+            if row["bits"] == bits and head_dim <= row["head_dim"] and window <= row.get("window", window):
                 return config_of(row)
     raise NotImplementedError(f"{kernel}: head_dim must be at most 256, got {head_dim}: use backend='tiled'")
 

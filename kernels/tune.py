@@ -22,7 +22,7 @@ KERNELS = ("windowed_forward", "windowed_backward_dq", "windowed_backward_dkv")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Measure = Callable[[Callable[[], Any]], float]
 # A window that is neither tiny nor most of the grid, with text and more heads than multiprocessors have programs.
-_GRID, _KERNEL, _TEXT, _HEADS = (128, 128), (33, 33), 256, 16
+_GRID, _WINDOW, _TEXT, _HEADS = (128, 128), 33, 256, 16
 
 
 def tune(
@@ -30,6 +30,7 @@ def tune(
     head_dims: Sequence[int] = (64, 128),
     dtypes: Sequence[str] = ("bfloat16",),
     *,
+    window: int | None = None,
     device: str = "cuda",
     measure: Measure | None = None,
     on_run: Callable[[str], None] = lambda name: None,
@@ -40,6 +41,8 @@ def tune(
         kernels: Keys of `launch_configs.json`, windowed ones.
         head_dims: Up to 256; a row serves head dims up to its own.
         dtypes: Names; the two of 16 bits share rows.
+        window: Tokens per axis of a square window; rows then serve windows of at most so many keys, and a table for
+            several is one whose rows are in their order. None times 33 and serves all.
         device: Where to run.
         measure: Milliseconds of a call; None takes the median of 20 on the GPU's clock.
         on_run: Told what was timed.
@@ -48,23 +51,31 @@ def tune(
         A table in the form of `launch_configs.json`, for this architecture.
 
     Raises:
-        ValueError: an unknown kernel or dtype, a head dim out of range, or no GPU.
+        ValueError: an unknown kernel or dtype, a head dim or window out of range, or no GPU.
         RuntimeError: no candidate that runs.
     """
-    require(kernels, dtypes, head_dims, device)
+    require(kernels, dtypes, head_dims, window, device)
     architecture = architecture_of(torch.device(device))
     table: dict[str, Any] = {kernel: {architecture: []} for kernel in kernels}
     for dtype, head_dim in itertools.product(dtypes, sorted(head_dims)):
-        calls = _calls(head_dim, DTYPES[dtype], device)
+        calls = _calls(head_dim, DTYPES[dtype], device, window or _WINDOW)
         for kernel in kernels:
             config = _fastest(kernel, calls[kernel], measure or _median_milliseconds, on_run, f"{dtype} {head_dim}")
-            row = {"bits": 32 if dtype == "float32" else 16, "head_dim": head_dim}
-            table[kernel][architecture].append(row | _fields(config))
+            row = {"bits": 32 if dtype == "float32" else 16, "head_dim": head_dim} | _fields(config)
+            table[kernel][architecture].append(row if window is None else row | {"window": window * window})
     return table
 
 
-def require(kernels: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int], device: str = "cuda") -> None:
-    """Raise ValueError for an unknown kernel or dtype, a head dim that no kernel takes, and where there is no GPU."""
+def require(
+    kernels: Sequence[str],
+    dtypes: Sequence[str],
+    head_dims: Sequence[int],
+    window: int | None = None,
+    device: str = "cuda",
+) -> None:
+    """Raise ValueError for an unknown kernel or dtype, a head dim or window out of range, and where there is no GPU."""
+    if window is not None and not 1 <= window <= min(_GRID):
+        raise ValueError(f"tune: window must be 1 to {min(_GRID)} tokens per axis, got {window}")
     for head_dim in head_dims:
         if not 1 <= head_dim <= 256:
             raise ValueError(f"tune: head_dims must be 1 to 256, got {head_dim}")
@@ -108,10 +119,10 @@ def _fastest(
     return best[1]
 
 
-def _calls(head_dim: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[LaunchConfig], Any]]:
+def _calls(head_dim: int, dtype: torch.dtype, device: str, window: int) -> dict[str, Callable[[LaunchConfig], Any]]:
     tokens = _GRID[0] * _GRID[1] + _TEXT
     query, key, value, grad = (torch.randn(1, tokens, _HEADS, head_dim, dtype=dtype, device=device) for _ in range(4))
-    geometry = geometry_of(_GRID, _KERNEL, (1, 1), (1, 1), (False, False), 0)
+    geometry = geometry_of(_GRID, (window, window), (1, 1), (1, 1), (False, False), 0)
     call = Call(query, key, value, None, None, None, None, geometry, _TEXT, head_dim**-0.5)
     output, lse = forward(call)
     grad_lse = torch.zeros_like(lse)

@@ -167,7 +167,8 @@ class Call:
     def config(self, kernel: str) -> LaunchConfig:
         """The launch of a kernel on this device."""
         head_dim = max(self.query.shape[3], self.value.shape[3])
-        return choose(kernel, head_dim, self.query.dtype, architecture_of(self.query.device))
+        architecture = architecture_of(self.query.device)
+        return choose(kernel, head_dim, self.query.dtype, architecture, self.geometry.window_keys)
 
 
 def forward(

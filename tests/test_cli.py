@@ -168,10 +168,14 @@ def test_tune_writes_the_table_and_says_how_to_use_it(run, tmp_path, monkeypatch
 
     asked = []
     monkeypatch.setattr(tune, "require", lambda *args: None)
-    monkeypatch.setattr(tune, "tune", lambda *args, on_run: asked.append(args) or {"windowed_forward": {"sm90": []}})
-    code, out, _ = run("tune", "--head-dims", "64", "96", "--dtypes", "float16", "--out", tmp_path / "mine.json")
+    monkeypatch.setattr(
+        tune, "tune", lambda *args, window, on_run: asked.append((*args, window)) or {"windowed_forward": {"sm90": []}}
+    )
+    code, out, _ = run(
+        "tune", "--head-dims", "64", "96", "--dtypes", "float16", "--window", 16, "--out", tmp_path / "mine.json"
+    )
     assert code == 0
-    assert asked == [(tune.KERNELS, [64, 96], ["float16"])]
+    assert asked == [(tune.KERNELS, [64, 96], ["float16"], 16)]
     assert json.loads((tmp_path / "mine.json").read_text()) == {"windowed_forward": {"sm90": []}}
     assert f"VISION_ATTN_LAUNCH_CONFIGS={tmp_path / 'mine.json'}" in out
 

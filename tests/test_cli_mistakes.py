@@ -68,6 +68,7 @@ WRONG = [
     (["bench", "--grid", "9x9x9"], r"--grid must be HEIGHTxWIDTH .* got '9x9x9'"),
     (["bench", "--backend", "cudnn"], r"--backend must be one of auto, dense, tiled, .*got 'cudnn'"),
     (["simulate", "--grid", "8x8", "--kernel-size", "3", "--steps", "4"], r"--fraction must come with --steps"),
+    (["tune", "--window", "0"], r"tune: window must be 1 to 128 tokens per axis, got 0"),
     (["tune", "--head-dims", "0"], r"tune: head_dims must be 1 to 256, got 0"),
     (["tune", "--head-dims", "64", "512"], r"tune: head_dims must be 1 to 256, got 512"),
     (["bench", "--grid", "16x8"], r"--grid must come with --ops, got '16x8' alone"),

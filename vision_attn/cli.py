@@ -344,6 +344,9 @@ def tune(
     dtypes: Annotated[
         list[str] | None, typer.Option(metavar="DTYPE ...", help=f"{', '.join(DTYPES)}. [default: bfloat16]")
     ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per axis of a window; rows serve windows up to it. [default: 33, all]")
+    ] = None,
 ) -> None:
     """Find the fastest tile sizes of the Triton kernels on this GPU, and write them for the kernels to read."""
     from vision_attn.benchmark.output import write_all
@@ -351,10 +354,10 @@ def tune(
 
     chosen, types = kernels or tuning.KERNELS, dtypes or ["bfloat16"]
     widths = head_dims or [64, 128]
-    tuning.require(chosen, types, widths)
+    tuning.require(chosen, types, widths, window)
     require_writable(out, out)
     with progress(None, "launch") as on_run:
-        table = tuning.tune(chosen, widths, types, on_run=on_run)
+        table = tuning.tune(chosen, widths, types, window=window, on_run=on_run)
     content = tuning.to_json(table).encode()
     write_all({out: lambda file: file.write(content)}, on_ready=_appearing.extend)
     typer.echo(f"The table: {out}. The kernels read it where VISION_ATTN_LAUNCH_CONFIGS={out.absolute()}")

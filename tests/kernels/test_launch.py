@@ -5,7 +5,9 @@ import torch
 
 from vision_attn.kernels import aot, launch
 from vision_attn.kernels.chips import CHIPS
+from vision_attn.kernels.geometry import geometry_of
 from vision_attn.kernels.launch import LaunchConfig, cut, rows_for
+from vision_attn.kernels.reach import Ball, Box, to_arguments
 
 TABLE = launch.tables()[-1]
 
@@ -46,3 +48,24 @@ def test_fewer_tokens_take_fewer_warps(kernel, tokens, expected):
     """A warp keeps its 16 (of queries) or 8 (of keys) rows of the tile that a program holds."""
     found = cut(LaunchConfig(128, 64, 8, 2, 255), kernel, *tokens)
     assert (found.q_tokens, found.kv_tokens, found.warps, found.stages, found.registers) == (*expected, 2, 255)
+
+
+def test_a_row_for_small_windows(monkeypatch):
+    small = {"bits": 16, "head_dim": 64, "q_tokens": 32, "kv_tokens": 32, "warps": 2, "stages": 1, "window": 49}
+    any_window = small | {"q_tokens": 128}
+    del any_window["window"]
+    monkeypatch.setattr(launch, "tables", lambda: ({"windowed_forward": {"default": [small, any_window]}},))
+    chosen = [launch.choose("windowed_forward", 64, torch.float16, "sm90", window).q_tokens for window in (0, 49, 50)]
+    assert chosen == [32, 32, 128]
+
+
+@pytest.mark.parametrize(
+    ("reach", "keys"),
+    [
+        (Box((9, 9), (3, 5), (1, 1), (1, 1), (False, False)), 15),
+        (Ball.of_radius((9, 9), 3.0), 25),  # steps below 3 on each axis
+        (Ball.of_radius((2, 9, 9), (1.0, 4.5, 2.0)), 27),
+    ],
+)
+def test_the_box_around_a_window(reach, keys):
+    assert geometry_of(*to_arguments(reach)).window_keys == keys

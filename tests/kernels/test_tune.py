@@ -15,7 +15,8 @@ def test_the_fastest_candidate_becomes_a_row_that_is_read_first(tmp_path, monkey
     }
     current = {}
 
-    def calls(head_dim, dtype, device):
+    def calls(head_dim, dtype, device, window):
+        assert window == 7
         return {
             kernel: lambda config, kernel=kernel: current.update({"now": (kernel, config)}) for kernel in tune.KERNELS
         }
@@ -29,10 +30,11 @@ def test_the_fastest_candidate_becomes_a_row_that_is_read_first(tmp_path, monkey
 
     monkeypatch.setattr(tune, "_calls", calls)
     said = []
-    table = tune.tune(list(wanted), (64, 128), device="cpu", measure=measure, on_run=said.append)
+    table = tune.tune(list(wanted), (64, 128), window=7, device="cpu", measure=measure, on_run=said.append)
     rows = table["windowed_forward"]["cpu"]
     assert rows == [
-        {"bits": 16, "head_dim": width, "q_tokens": 64, "kv_tokens": 32, "warps": 4, "stages": 2} for width in (64, 128)
+        {"bits": 16, "head_dim": width, "q_tokens": 64, "kv_tokens": 32, "warps": 4, "stages": 2, "window": 49}
+        for width in (64, 128)
     ]
     assert any("RuntimeError" in line for line in said)
     path = tmp_path / "mine.json"
@@ -42,6 +44,7 @@ def test_the_fastest_candidate_becomes_a_row_that_is_read_first(tmp_path, monkey
     try:
         assert launch.choose("windowed_forward", 100, torch.bfloat16, "cpu") == wanted["windowed_forward"]
         assert launch.choose("windowed_backward_dkv", 64, torch.float16, "cpu") == wanted["windowed_backward_dkv"]
+        assert launch.choose("windowed_forward", 64, torch.bfloat16, "cpu", 50) != wanted["windowed_forward"]
         # What the file lacks comes from the package's own table.
         theirs = json.loads(launch.CONFIGS.read_text())["windowed_forward"]["default"]
         own = next(row for row in theirs if row["bits"] == 16 and row["head_dim"] == 256)

@@ -70,7 +70,8 @@ class Report:
         binary: What the compiler made.
         shared: Bytes of shared memory per program.
         occupancy: Predicted share of a multiprocessor's warps that are resident.
-        intensity: FLOPs per byte that a loop moves from memory or cache.
+        flops: Of one step of the inner loop.
+        bytes: That this step reads from memory or cache.
         bound: What the chip's datasheet says limits the loop where data come from main memory, if a model is named.
         peak: Predicted share of the chip's tensor-core rate under that limit.
         faults: Why the launch does not pass; empty where it does.
@@ -80,10 +81,16 @@ class Report:
     binary: Binary
     shared: int
     occupancy: float
-    intensity: float
+    flops: int
+    bytes: int
     bound: str
     peak: float
     faults: tuple[str, ...]
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte."""
+        return self.flops / self.bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -101,6 +108,8 @@ class Report:
                 "tensor_instructions": self.binary.tensor,
                 "attention_loops": loops,
                 "predicted_occupancy": self.occupancy,
+                "step_flops": self.flops,
+                "step_bytes": self.bytes,
                 "flops_per_byte": self.intensity,
                 "predicted_bound": self.bound,
                 "predicted_share_of_peak": self.peak,
@@ -161,10 +170,8 @@ def judge(launch: Launch, binary: Binary, shared: int) -> Report:
         faults.append("no attention loop found")
     if any(loop.tensor == 0 for loop in loops):
         faults.append("an attention loop without tensor-core instructions")
-    intensity, bound, peak = _roofline(launch, chip)
-    return Report(
-        launch, binary, shared, _occupancy(launch, chip, binary, shared), intensity, bound, peak, tuple(faults)
-    )
+    occupancy = _occupancy(launch, chip, binary, shared)
+    return Report(launch, binary, shared, occupancy, *_roofline(launch, chip), tuple(faults))
 
 
 def _occupancy(launch: Launch, chip: Chip, binary: Binary, shared: int) -> float:
@@ -182,18 +189,18 @@ def _occupancy(launch: Launch, chip: Chip, binary: Binary, shared: int) -> float
     return programs * warps / (4 * chip.max_warps)
 
 
-def _roofline(launch: Launch, chip: Chip) -> tuple[float, str, float]:
-    """FLOPs per byte of one step of the inner loop, what limits it, and the share of the peak that is left."""
+def _roofline(launch: Launch, chip: Chip) -> tuple[int, int, str, float]:
+    """FLOPs and bytes of one step of the inner loop, what limits it, and the share of the peak that is left."""
     config, width = launch.config, launch.head_dim
     size = 4 if launch.dtype == "fp32" else 2
     products = {"forward": 2, "dq": 3, "dkv": 4}[launch.kernel.rsplit("_", 1)[1]]
     flops = 2 * products * config.q_tokens * config.kv_tokens * width
     walked = config.q_tokens if launch.kernel.endswith("dkv") else config.kv_tokens
-    intensity = flops / (2 * walked * width * size)
+    moved = 2 * walked * width * size
     if not chip.tensor_flops or launch.dtype == "fp32":
-        return intensity, "", 0.0
-    peak = min(1.0, intensity * chip.bandwidth / chip.tensor_flops)
-    return intensity, "tensor cores" if peak == 1.0 else "memory", peak
+        return flops, moved, "", 0.0
+    peak = min(1.0, flops / moved * chip.bandwidth / chip.tensor_flops)
+    return flops, moved, "tensor cores" if peak == 1.0 else "memory", peak
 
 
 def _function(kernel: str) -> Any:
@@ -273,9 +280,9 @@ def compile_all(chosen: Iterable[Launch], processes: int | None = None) -> Itera
 
 _HEAD = (
     "chip", "kernel", "window", "dtype", "D", "tile", "warps", "stages", "regs", "spills", "lanes", "shared", "tensor",
-    "loops", "occup.", "FLOP/B", "predicted", "gate",
+    "loops", "occup.", "MFLOP", "KiB", "FLOP/B", "predicted", "gate",
 )  # fmt: skip
-_WIDTHS = (-7, -25, -7, -5, 4, 9, 5, 6, 5, 6, 5, 7, 6, 14, 6, 6, -17, 0)
+_WIDTHS = (-7, -25, -7, -5, 4, 9, 5, 6, 5, 6, 5, 7, 6, 14, 6, 6, 4, 6, -17, 0)
 
 
 def _line(*cells: Any) -> str:
@@ -296,9 +303,11 @@ def table(reports: Sequence[Report]) -> str:
         shape = (launch.chip, launch.kernel, launch.window, launch.dtype, launch.head_dim, tile)
         held = (binary.registers, binary.spills, binary.lanes, report.shared)
         needs = (config.warps, config.stages, *held, binary.tensor, loops)
-        lines.append(_line(*shape, *needs, f"{report.occupancy:.0%}", f"{report.intensity:.0f}", bound, gate))
+        step = (f"{report.flops / 1e6:.1f}", f"{report.bytes / 1024:.0f}", f"{report.intensity:.0f}")
+        lines.append(_line(*shape, *needs, f"{report.occupancy:.0%}", *step, bound, gate))
     models = ", ".join(f"{chip.name} {chip.model}" for chip in CHIPS.values() if chip.model)
     lines.append(
+        "MFLOP and KiB are those of a step of the inner loop, FLOP/B their ratio.\n"
         "occup. and predicted are computed, not measured: resident warps, and the share of the datasheet's tensor-core "
         f"rate if every tile came from main memory ({models})"
     )

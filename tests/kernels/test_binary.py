@@ -100,7 +100,8 @@ def test_a_good_binary_passes_with_its_predictions():
     report = aot.judge(LAUNCH, GOOD, 48 * 1024)
     assert report.faults == ()
     assert report.occupancy == 2 * 8 / 64
-    assert report.intensity == 4 * 128 * 64 * 64 / (2 * 64 * 64 * 2) == 128
+    assert (report.flops, report.bytes) == (4 * 128 * 64 * 64, 2 * 64 * 64 * 2)
+    assert report.intensity == 128
     assert (report.bound, report.peak) == ("memory", pytest.approx(128 * 3.35e12 / 989e12))
     assert report.to_dict()["predicted_occupancy"] == 0.25
 
@@ -133,10 +134,12 @@ def test_the_table_shows_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(aot, "compile_all", lambda chosen, processes: iter([aot.judge(LAUNCH, GOOD, 0), bad]))
     monkeypatch.delenv("TRITON_INTERPRET")
     assert aot.main(["--chips", "sm90"]) == 1
-    head, good, wrong, note = capsys.readouterr().out.splitlines()
+    head, good, wrong, step, note = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["chip", "kernel", "window"]
     assert good.endswith(" ok")
     assert wrong.endswith(" 3 spills")
+    assert good.split()[-6:-1] == ["2.1", "16", "128", "memory", "43%"]
+    assert step.startswith("MFLOP and KiB")
     assert "computed, not measured" in note
 
 

@@ -332,8 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports = []
     for report in compile_all(chosen, options.processes):
         reports.append(report)
-        print(f"\r{len(reports)} of {len(chosen)} compiled", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        if sys.stderr.isatty():
+            end = "\n" if len(reports) == len(chosen) else ""
+            print(f"\r{len(reports)} of {len(chosen)} compiled", end=end, file=sys.stderr, flush=True)
     print(json.dumps([report.to_dict() for report in reports], indent=2) if options.json else table(reports))
     return int(any(report.faults for report in reports))
 

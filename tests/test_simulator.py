@@ -220,6 +220,8 @@ WRONG = [
     ({"grid": (8, 8), "kernel_size": 3, "radius": 2}, ValueError, r"kernel_size or radius must be given, got both"),
     ({"grid": (8, 8), "radius": 2, "dilation": 2}, ValueError, r"dilation must be left out with radius, got 2"),
     ({"grid": (8, 8), "kernel_size": 3, "dynamic_kv": "no"}, TypeError, r"dynamic_kv must be True or False, got 'no'"),
+    ({"grid": (8, 8), "radius": 2, "stride": True}, ValueError, r"stride must be left out with radius, got True"),
+    ({"grid": (8, 8), "radius": 2, "is_causal": 0}, ValueError, r"is_causal must be left out with radius, got 0"),
     ({"grid": (8, 8), "radius": -1}, ValueError, r"simulate: radius must be above 0 and finite, got -1"),
     ({"grid": (8, 8), "radius": (2, 3, 4)}, ValueError, r"radius must be one value or 2 of them .* got \(2, 3, 4\)"),
 ]  # fmt: skip

@@ -128,7 +128,7 @@ def simulate(
         reach = checked_box(where, grid, kernel_size, stride, dilation, is_causal)
         return simulate_reach(reach, q_sizes, kv_sizes, dynamic_kv)
     for name, value, default in (("stride", stride, 1), ("dilation", dilation, 1), ("is_causal", is_causal, False)):
-        if value != default:
+        if type(value) is not type(default) or value != default:  # True is no stride of 1, 0 is not False
             raise ValueError(f"{where}: {name} must be left out with radius, got {value!r}")
     return simulate_reach(checked_ball(where, grid, radius), q_sizes, kv_sizes, dynamic_kv)
 

@@ -20,7 +20,7 @@ from .softmax import (
     softmax_step,
     store_softmax,
 )
-from .token_rows import head_offset, load_rows, row_offset, store_rows
+from .token_rows import head_offset, load_rows, row_offset, rows_product, store_rows
 
 
 @triton.jit
@@ -73,11 +73,11 @@ def _biased_forward_kernel(
         k_row = start + tl.arange(0, BLOCK_K)
         k_valid = k_row < keys
         k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
-        logits = key_logits(q, k, row_penalty(k_valid), k_ptr, k_valid, scale * LOG2E, False, PRECISION)
+        logits = key_logits(q, k, row_penalty(k_valid), k_ptr, scale * LOG2E, False, D, BLOCK_D, PRECISION)
         if HAS_BIAS:
             logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
         v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
-        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
+        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, DV, BLOCK_DV, PRECISION)
 
     store_softmax(
         out_ptr, lse_ptr, row_offset(q_row, out_strides[1]), row_offset(q_row, lse_strides[1]), q_valid, acc, l_i, m_i,
@@ -117,10 +117,12 @@ def _biased_backward_dq_kernel(
         k_valid = k_row < keys
         k = load_rows(k_ptr, row_offset(k_row, k_strides[1]), k_valid, D, BLOCK_D)
         v = load_rows(v_ptr, row_offset(k_row, v_strides[1]), k_valid, DV, BLOCK_DV)
-        logits = key_logits(q, k, row_penalty(k_valid), k_ptr, k_valid, scale * LOG2E, False, PRECISION)
+        logits = key_logits(q, k, row_penalty(k_valid), k_ptr, scale * LOG2E, False, D, BLOCK_D, PRECISION)
         if HAS_BIAS:
             logits += _load_bias(bias_ptr, q_row, k_row, q_valid, k_valid, bias_strides[2], bias_strides[3])
-        grad_q, grad_logits = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        grad_q, grad_logits = grad_q_step(
+            grad_q, grad_out, lse, delta, logits, k, v, D, DV, BLOCK_D, BLOCK_DV, PRECISION
+        )
         if BIAS_GRAD:
             offsets = row_offset(q_row, grad_bias_strides[2])[:, None] + k_row[None, :]
             grad_bias = grad_logits.to(grad_bias_ptr.dtype.element_ty)
@@ -162,9 +164,11 @@ def _biased_backward_dkv_kernel(
         lse, delta = load_statistics(
             lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
         )
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
+        logits = rows_product(k, q, D, BLOCK_D, PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
         if HAS_BIAS:
             logits += _load_bias(bias_ptr, k_row, q_row, k_valid, q_valid, bias_strides[3], bias_strides[2])
-        grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+        grad_k, grad_v = grad_kv_step(
+            grad_k, grad_v, v, q, grad_out, lse, delta, logits, D, DV, BLOCK_D, BLOCK_DV, PRECISION
+        )
     store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
     store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -128,10 +128,11 @@ def _instruction(line: str) -> str:
 
 
 def _sass_jump(text: str) -> _NamedJump | None:
-    branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
+    branch = re.search(r"\b(BRA|CALL)\b.*`\((\.L_x_\d+)\)", text)
     if branch:
-        conditional = text.startswith("@") or re.search(r"\bBRA\S*\s+!?U?P\d", text)
-        return branch[1], not conditional
+        # A call returns; the compiler also leaves loops by calls that do not.
+        conditional = branch[1] == "CALL" or text.startswith("@") or re.search(r"\bBRA\S*\s+!?U?P\d", text)
+        return branch[2], not conditional
     return (None, True) if re.match(r"(EXIT|RET)\b", text) else None
 
 

@@ -21,7 +21,7 @@ from .softmax import (
     softmax_step,
     store_softmax,
 )
-from .token_rows import head_offset, load_rows, place_program, row_offset, store_rows
+from .token_rows import head_offset, load_rows, place_program, row_offset, rows_product, store_rows
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _listed_keys(
     row, valid = _rows_of_block(k_block, part, block_k, keys, BLOCK_K)
     k = load_rows(k_ptr, row_offset(row, k_stride), valid, D, BLOCK_D)
     v = load_rows(v_ptr, row_offset(row, v_stride), valid, DV, BLOCK_DV)
-    logits = key_logits(q, k, row_penalty(valid), k_ptr, valid, factor, False, PRECISION)
+    logits = key_logits(q, k, row_penalty(valid), k_ptr, factor, False, D, BLOCK_D, PRECISION)
     return logits, k, v
 
 
@@ -79,7 +79,7 @@ def _block_sparse_forward_kernel(
             q, k_block, step % k_parts, k_ptr, v_ptr, k_strides[1], v_strides[1], block_k, keys, scale * LOG2E, BLOCK_K,
             D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
+        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, DV, BLOCK_DV, PRECISION)
 
     store_softmax(
         out_ptr + head_offset(batch, head, out_strides), lse_ptr + head_offset(batch, head, lse_strides),
@@ -115,7 +115,7 @@ def _block_sparse_backward_dq_kernel(
             q, k_block, step % k_parts, k_ptr, v_ptr, k_strides[1], v_strides[1], block_k, keys, scale * LOG2E, BLOCK_K,
             D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-        grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, D, DV, BLOCK_D, BLOCK_DV, PRECISION)
     grad_q_ptr += head_offset(batch, head, grad_q_strides)
     store_rows(grad_q_ptr, row_offset(q_row, grad_q_strides[1]), q_valid, grad_q * scale, D, BLOCK_D)
 
@@ -158,7 +158,9 @@ def _block_sparse_backward_dkv_kernel(
         lse, delta = load_statistics(
             lse_ptr + statistics, delta_ptr + statistics, row_offset(q_row, lse_strides[1]), q_valid
         )
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
-        grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+        logits = rows_product(k, q, D, BLOCK_D, PRECISION) * (scale * LOG2E)  # [BLOCK_K, BLOCK_Q]
+        grad_k, grad_v = grad_kv_step(
+            grad_k, grad_v, v, q, grad_out, lse, delta, logits, D, DV, BLOCK_D, BLOCK_DV, PRECISION
+        )
     store_rows(grad_k_ptr, row_offset(k_row, grad_k_strides[1]), k_valid, grad_k * scale, D, BLOCK_D)
     store_rows(grad_v_ptr, row_offset(k_row, grad_v_strides[1]), k_valid, grad_v, DV, BLOCK_DV)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .token_rows import head_offset, load_rows, place_program, row_offset, store_rows
+from .token_rows import head_offset, load_rows, place_program, row_offset, rows_product, rows_value, store_rows
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -22,11 +22,12 @@ def row_penalty(valid):
 
 
 @triton.jit
-def key_logits(q, k, penalty, bias_ptrs, k_valid, factor, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits `[queries, keys]` in units of log 2, with a penalty and a bias per key."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + penalty
+def key_logits(q, k, penalty, bias_ptrs, factor, HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """Logits `[queries, keys]` of rows in units of log 2, with a penalty and a bias per key."""
+    logits = rows_product(q, k, D, BLOCK_D, PRECISION) * factor + penalty
     if HAS_BIAS:
-        bias = tl.load(bias_ptrs, mask=k_valid, other=0.0)
+        bias = tl.load(bias_ptrs, mask=k[2], other=0.0)
         logits += bias.to(tl.float32)[None, :] * LOG2E
     return logits
 
@@ -42,13 +43,14 @@ def store_softmax(out_ptr, lse_ptr, out_offset, lse_offset, valid, acc, l_i, m_i
 
 
 @triton.jit
-def softmax_step(acc, l_i, m_i, logits, v, PRECISION: tl.constexpr):
+def softmax_step(acc, l_i, m_i, logits, v, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax with logits `[queries, keys]` in units of log 2 (arXiv 2205.14135)."""
     m_new = tl.maximum(m_i, tl.max(logits, 1))
     weights = tl.exp2(logits - m_new[:, None])
     rescale = tl.exp2(m_i - m_new)
     l_i = l_i * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    value = rows_value(v, DV, BLOCK_DV, PRECISION)
+    acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
     return acc, l_i, m_new
 
 
@@ -61,22 +63,31 @@ def load_statistics(lse_ptr, delta_ptr, offsets, valid):
 
 
 @triton.jit
-def grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION: tl.constexpr):
+def grad_q_step(
+    grad_q, grad_out, lse, delta, logits, k, v, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Adds the part of some keys to dQ; logits `[queries, keys]` in units of log 2. Also the logits' gradient."""
     weights = tl.exp2(logits - lse[:, None])
-    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    grad_weights = rows_product(grad_out, v, DV, BLOCK_DV, PRECISION)
     grad_logits = weights * (grad_weights - delta[:, None])
-    return tl.dot(grad_logits.to(k.dtype), k, grad_q, input_precision=PRECISION), grad_logits
+    key = rows_value(k, D, BLOCK_D, PRECISION)
+    return tl.dot(grad_logits.to(key.dtype), key, grad_q, input_precision=PRECISION), grad_logits
 
 
 @triton.jit
-def grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION: tl.constexpr):
+def grad_kv_step(
+    grad_k, grad_v, v, q, grad_out, lse, delta, logits, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Adds the part of some queries to dK and dV; logits `[keys, queries]` in units of log 2."""
     weights = tl.exp2(logits - lse[None, :])
-    grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
-    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+    value = rows_value(grad_out, DV, BLOCK_DV, PRECISION)
+    grad_v = tl.dot(weights.to(value.dtype), value, grad_v, input_precision=PRECISION)
+    grad_weights = rows_product(v, grad_out, DV, BLOCK_DV, PRECISION)
     grad_logits = weights * (grad_weights - delta[None, :])
-    return tl.dot(grad_logits.to(q.dtype), q, grad_k, input_precision=PRECISION), grad_v
+    query = rows_value(q, D, BLOCK_D, PRECISION)
+    return tl.dot(grad_logits.to(query.dtype), query, grad_k, input_precision=PRECISION), grad_v
 
 
 @triton.jit
@@ -92,7 +103,7 @@ def delta_kernel(
     grad_out_ptr += head_offset(batch, head, grad_out_strides)
     grad_lse_ptr += head_offset(batch, head, grad_lse_strides)
     delta_ptr += head_offset(batch, head, delta_strides)
-    out = load_rows(out_ptr, row_offset(row, out_strides[1]), valid, DV, BLOCK_DV).to(tl.float32)
-    grad_out = load_rows(grad_out_ptr, row_offset(row, grad_out_strides[1]), valid, DV, BLOCK_DV).to(tl.float32)
+    out = load_rows(out_ptr, row_offset(row, out_strides[1]), valid, DV, BLOCK_DV)[3].to(tl.float32)
+    grad_out = load_rows(grad_out_ptr, row_offset(row, grad_out_strides[1]), valid, DV, BLOCK_DV)[3].to(tl.float32)
     grad_lse = tl.load(grad_lse_ptr + row_offset(row, grad_lse_strides[1]), mask=valid, other=0.0).to(tl.float32)
     tl.store(delta_ptr + row_offset(row, delta_strides[1]), tl.sum(out * grad_out, 1) - grad_lse, mask=valid)

@@ -31,11 +31,45 @@ def row_offset(row, stride):
 
 
 @triton.jit
-def load_rows(base, offsets, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `[tokens, BLOCK_D]` at `base + offsets`, zero where not valid and beyond channel `D`."""
-    channel = tl.arange(0, BLOCK_D)
+def load_channels(base, offsets, valid, begin, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Channels `[tokens, CHANNELS]` from `begin` on of rows at `base + offsets`; zero where not valid and beyond."""
+    channel = begin + tl.arange(0, CHANNELS)
     mask = valid[:, None] & (channel < D)[None, :]
     return tl.load(base + offsets[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows(base, offsets, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows: where they are, which are valid, and their channels `[tokens, BLOCK_D]`: (base, offsets, valid, value)."""
+    return base, offsets, valid, load_channels(base, offsets, valid, 0, D, BLOCK_D)
+
+
+# Single precision on tensor cores splits operands in two, and each warp holds all of one operand of `a @ b.T`: wide
+# rows do not fit its registers. They are read again wherever they are used, for that product a few channels at a time.
+
+
+@triton.jit
+def rows_value(rows, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """Channels `[tokens, BLOCK_D]` of rows."""
+    if PRECISION == "tf32x3" and BLOCK_D > 64:
+        value = load_channels(rows[0], rows[1], rows[2], 0, D, BLOCK_D)
+    else:
+        value = rows[3]
+    return value
+
+
+@triton.jit
+def rows_product(a, b, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """`a @ b.T` of rows, float32 `[rows of a, rows of b]`."""
+    if PRECISION == "tf32x3" and BLOCK_D > 64:
+        product = tl.zeros([a[3].shape[0], b[3].shape[0]], tl.float32)
+        for begin in range(0, BLOCK_D, 16):
+            a_part = load_channels(a[0], a[1], a[2], begin, D, 16)
+            b_part = load_channels(b[0], b[1], b[2], begin, D, 16)
+            product = tl.dot(a_part, tl.trans(b_part), product, input_precision=PRECISION)
+    else:
+        product = tl.dot(a[3], tl.trans(b[3]), input_precision=PRECISION)
+    return product
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from .tile_walk import (
     penalties,
     tile_steps,
 )
-from .token_rows import head_offset, load_rows, place_program, row_offset, sequence_row, store_rows
+from .token_rows import head_offset, load_rows, place_program, row_offset, rows_product, sequence_row, store_rows
 from .windowed_keys import keys_of_box, keys_of_rows
 
 
@@ -75,7 +75,9 @@ def _windowed_backward_dq_kernel(
                     k_jump, tile, geometry, intervals, factor, BALL, CAUSAL, AXES, HAS_BIAS, KV_TILE, D, DV, BLOCK_D,
                     BLOCK_DV, PRECISION,
                 )  # fmt: skip
-                grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+                grad_q, _grad = grad_q_step(
+                    grad_q, grad_out, lse, delta, logits, k, v, D, DV, BLOCK_D, BLOCK_DV, PRECISION
+                )
                 y, x, x_left = next_box(y, x, x_left, budget, tile, geometry, BALL, CAUSAL, False, KV_TILE, ALIGNED)
             t += KV_TILE[0]
 
@@ -84,7 +86,7 @@ def _windowed_backward_dq_kernel(
             q, begin, k_ptr, v_ptr, bias_ptr, k_strides[1], v_strides[1], row_count, row_split, row_jump, factor,
             HAS_BIAS, BLOCK_K, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-        grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+        grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, D, DV, BLOCK_D, BLOCK_DV, PRECISION)
 
     if HAS_EXTRA:
         extra_k_ptr += head_offset(batch, kv_head, extra_k_strides)
@@ -95,7 +97,7 @@ def _windowed_backward_dq_kernel(
                 q, begin, extra_k_ptr, extra_v_ptr, extra_bias_ptr, extra_k_strides[1], extra_v_strides[1], extra_count,
                 extra_count, 0, factor, HAS_EXTRA_BIAS, BLOCK_K, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-            grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, PRECISION)
+            grad_q, _grad = grad_q_step(grad_q, grad_out, lse, delta, logits, k, v, D, DV, BLOCK_D, BLOCK_DV, PRECISION)
 
     grad_q_ptr += head_offset(batch, head, grad_q_strides)
     store_rows(grad_q_ptr, row_offset(q_row, grad_q_strides[1]), q_valid, grad_q * scale, D, BLOCK_D)
@@ -161,10 +163,12 @@ def _windowed_backward_dkv_kernel(
                 penalty, _interior = penalties(
                     start, walked, intervals, tile, geometry, BALL, CAUSAL, True, AXES, Q_TILE
                 )
-                logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor + penalty  # [BLOCK_K, BLOCK_Q]
+                logits = rows_product(k, q, D, BLOCK_D, PRECISION) * factor + penalty  # [BLOCK_K, BLOCK_Q]
                 if HAS_BIAS:
                     logits += bias[:, None]
-                grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+                grad_k, grad_v = grad_kv_step(
+                    grad_k, grad_v, v, q, grad_out, lse, delta, logits, D, DV, BLOCK_D, BLOCK_DV, PRECISION
+                )
                 y, x, x_left = next_box(y, x, x_left, budget, tile, geometry, BALL, CAUSAL, True, Q_TILE, ALIGNED)
             t += Q_TILE[0]
 
@@ -175,10 +179,12 @@ def _windowed_backward_dkv_kernel(
         q = load_rows(q_ptr, row_offset(rows, q_strides[1]), q_valid, D, BLOCK_D)
         grad_out = load_rows(grad_out_ptr, row_offset(rows, grad_out_strides[1]), q_valid, DV, BLOCK_DV)
         lse, delta = load_statistics(lse_ptr, delta_ptr, row_offset(rows, lse_strides[1]), q_valid)
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+        logits = rows_product(k, q, D, BLOCK_D, PRECISION) * factor
         if HAS_BIAS:
             logits += bias[:, None]
-        grad_k, grad_v = grad_kv_step(grad_k, grad_v, k, v, q, grad_out, lse, delta, logits, PRECISION)
+        grad_k, grad_v = grad_kv_step(
+            grad_k, grad_v, v, q, grad_out, lse, delta, logits, D, DV, BLOCK_D, BLOCK_DV, PRECISION
+        )
 
     grad_k_ptr += head_offset(batch, head, grad_k_strides)
     grad_v_ptr += head_offset(batch, head, grad_v_strides)

@@ -62,7 +62,7 @@ def _windowed_forward_kernel(
                     k_jump, tile, geometry, intervals, factor, BALL, CAUSAL, AXES, HAS_BIAS, KV_TILE, D, DV, BLOCK_D,
                     BLOCK_DV, PRECISION,
                 )  # fmt: skip
-                acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
+                acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, DV, BLOCK_DV, PRECISION)
                 if COUNT:
                     visited += 1
                     masked += tl.where(interior, 0, 1)
@@ -74,7 +74,7 @@ def _windowed_forward_kernel(
             q, begin, k_ptr, v_ptr, bias_ptr, k_strides[1], v_strides[1], row_count, row_split, row_jump, factor,
             HAS_BIAS, BLOCK_K, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
+        acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, DV, BLOCK_DV, PRECISION)
 
     if HAS_EXTRA:
         extra_k_ptr += head_offset(batch, kv_head, extra_k_strides)
@@ -85,7 +85,7 @@ def _windowed_forward_kernel(
                 q, begin, extra_k_ptr, extra_v_ptr, extra_bias_ptr, extra_k_strides[1], extra_v_strides[1], extra_count,
                 extra_count, 0, factor, HAS_EXTRA_BIAS, BLOCK_K, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-            acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, PRECISION)
+            acc, l_i, m_i = softmax_step(acc, l_i, m_i, logits, v, DV, BLOCK_DV, PRECISION)
 
     store_softmax(
         out_ptr + head_offset(batch, head, out_strides), lse_ptr + head_offset(batch, head, lse_strides),

@@ -26,7 +26,7 @@ def keys_of_box(
     k = load_rows(k_ptr + row * k_stride, k_offset * k_stride, valid, D, BLOCK_D)
     v = load_rows(v_ptr + row * v_stride, k_offset * v_stride, valid, DV, BLOCK_DV)
     penalty, interior = penalties(start, walked, intervals, tile, geometry, BALL, CAUSAL, False, AXES, KV_TILE)
-    logits = key_logits(q, k, penalty, bias_ptr + row + k_offset, valid, factor, HAS_BIAS, PRECISION)
+    logits = key_logits(q, k, penalty, bias_ptr + row + k_offset, factor, HAS_BIAS, D, BLOCK_D, PRECISION)
     return logits, k, v, interior
 
 
@@ -42,5 +42,5 @@ def keys_of_rows(
     row = sequence_row(token, split, jump)
     k = load_rows(k_ptr, row_offset(row, k_stride), valid, D, BLOCK_D)
     v = load_rows(v_ptr, row_offset(row, v_stride), valid, DV, BLOCK_DV)
-    logits = key_logits(q, k, row_penalty(valid), bias_ptr + row, valid, factor, HAS_BIAS, PRECISION)
+    logits = key_logits(q, k, row_penalty(valid), bias_ptr + row, factor, HAS_BIAS, D, BLOCK_D, PRECISION)
     return logits, k, v

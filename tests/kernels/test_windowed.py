@@ -112,6 +112,9 @@ CASES = {
     "ellipse": Problem(Ball.of_radius((3, 4, 6), (1.5, 2, 3)), before=1),
     "circle around a token alone": Problem(Ball.of_radius((4, 5), 0.5)),
     "scale of zero": Problem(Box((3, 5), (3, 3), (1, 1), (1, 1), (False, False)), scale=0.0),
+    "heads read in parts": Problem(
+        Box((4, 6), (3, 3), (1, 1), (1, 1), (False, False)), before=2, extra=3, width=132, width_v=70
+    ),
     "one channel": Problem(Box((3, 5), (3, 3), (1, 1), (1, 1), (False, False)), width=1, width_v=3),
     "large logits": Problem(Box((3, 5), (3, 3), (1, 1), (1, 1), (False, False)), scale=-90.0),
 }

@@ -43,9 +43,18 @@ BIASES = {
 @pytest.mark.parametrize(("scale", "query_scale"), [(None, None), (0.7, None), (0.0, -0.4)])
 def test_formula_forward_and_backward(backend, biases, scale, query_scale):
     tensors = [*inputs(), *(None if shape is None else torch.randn(shape) for shape in BIASES[biases])]
+    check(tensors, scale, query_scale, backend)
+
+
+def test_wide_heads_on_the_kernels():
+    """Their channels are read in parts."""
+    check([*inputs(width=132, width_v=70), None, torch.randn(9, 5)], None, None, "triton")
+
+
+def check(tensors, scale, query_scale, backend):
     ours = [x if x is None else x.clone().requires_grad_() for x in tensors]
     wide = [x if x is None else x.double().requires_grad_() for x in tensors]
-    factor = 6**-0.5 if scale is None else scale
+    factor = tensors[0].shape[-1] ** -0.5 if scale is None else scale
     expected = truth(*wide[:4], factor, factor if query_scale is None else query_scale, *wide[4:])
     output = va.agent_attention(
         *ours[:4], scale=scale, query_scale=query_scale, agent_bias=ours[4], query_bias=ours[5], backend=backend

@@ -74,6 +74,7 @@ def test_lists_with_gaps_repeats_and_cut_blocks(backend, shared):
 def test_blocks_larger_than_the_kernels_tiles_and_smaller(backend):
     check(*draw(1, 150, 140, 1, 1, 16), torch.tensor([1, 0]).view(1, 1, 2, 1), (100, 90), backend)
     check(*draw(1, 7, 9, 2, 2, 16), torch.randint(-1, 9, (1, 2, 7, 4)), 1, backend)
+    check(*draw(1, 18, 20, 2, 1, 132), torch.tensor([[0, 1], [1, -1]]).view(1, 1, 2, 2), (9, 10), backend)  # in parts
 
 
 @st.composite

@@ -9,9 +9,13 @@ from vision_attn.backends import backends
 from vision_attn.errors import PatchError, UnsupportedError
 from vision_attn.layout import TokenLayout
 from vision_attn.operators import (
+    LSDA,
+    Agent,
     Clear,
     Cost,
     Dense,
+    Halo,
+    HiLo,
     Neighborhood,
     agent_attention,
     block_sparse_attention,
@@ -33,9 +37,13 @@ _LAZY = dict.fromkeys(("Patch", "patch", "unpatch", "verify"), "vision_attn.patc
 _SUBMODULES = ("simulator",)
 
 __all__ = [
+    "LSDA",
+    "Agent",
     "Clear",
     "Cost",
     "Dense",
+    "Halo",
+    "HiLo",
     "Neighborhood",
     "Patch",
     "PatchError",

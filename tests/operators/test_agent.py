@@ -187,3 +187,81 @@ def test_an_agent_and_a_query_from_which_all_is_hidden(backend):
     expected = torch.einsum("bhqn,bhns,bshd->bqhd", read, collect, v.repeat_interleave(2, 2))
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), tensors))
+
+
+# ---- the operator ----
+
+
+def cells_mean(x, grid, raster):
+    """Adaptive pooling from its definition: cell i of n holds tokens floor(i N / n) to ceil((i + 1) N / n) - 1."""
+    image = x.unflatten(1, grid)
+
+    def spans(tokens, cells):
+        return [(i * tokens // cells, -(-(i + 1) * tokens // cells)) for i in range(cells)]
+
+    return torch.stack(
+        [
+            image[:, top:bottom, left:right].flatten(1, 2).mean(1)
+            for top, bottom in spans(grid[0], raster[0])
+            for left, right in spans(grid[1], raster[1])
+        ],
+        1,
+    )
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize(("agents", "raster"), [(9, (3, 3)), ((2, 5), (2, 5))])
+def test_operator_pools_image_queries_and_leaves_text_dense(agents, raster, backend):
+    layout = va.TokenLayout((8, 7), text_before=3, text_after=2)  # 8 rows to 3 cells: uneven, they overlap
+    q, k, v = (torch.randn(2, layout.tokens, 2, 4, dtype=torch.float64) for _ in range(3))
+    output = va.Agent(agents)(q, k, v, layout, scale=0.7, backend=backend)
+    image = layout.image_slice
+    pooled = cells_mean(q[:, image], layout.grid, raster)
+    torch.testing.assert_close(output[:, image], truth(q[:, image], k, v, pooled, 0.7, 0.7, None, None))
+    dense = va.Dense()(q, k, v, layout, scale=0.7)
+    text = [*range(3), *range(image.stop, layout.tokens)]
+    torch.testing.assert_close(output[:, text], dense[:, text])
+
+
+def test_operator_pools_each_frame():
+    video = va.TokenLayout((2, 4, 5))
+    q, k, v = (torch.randn(1, 40, 1, 3, dtype=torch.float64) for _ in range(3))
+    pooled = torch.cat([cells_mean(frame, (4, 5), (2, 2)) for frame in q.unflatten(1, (2, 20)).unbind(1)], 1)
+    expected = truth(q, k, v, pooled, 3**-0.5, 3**-0.5, None, None)
+    torch.testing.assert_close(va.Agent(4)(q, k, v, video), expected)
+
+
+def test_operator_hides_masked_keys_from_agents_and_text():
+    layout = va.TokenLayout((4, 6), text_before=3)
+    q, k, v = (torch.randn(2, layout.tokens, 2, 4, dtype=torch.float64) for _ in range(3))
+    mask = torch.ones(1, 1, 1, layout.tokens, dtype=torch.bool)
+    mask[..., [1, 9]] = False
+    changed = [x.clone() for x in (k, v)]
+    for x in changed:
+        x[:, [1, 9]] = 5.0
+    output = va.Agent(4)(q, k, v, layout, attn_mask=mask)
+    torch.testing.assert_close(output, va.Agent(4)(q, *changed, layout, attn_mask=mask))
+    assert not torch.allclose(output, va.Agent(4)(q, k, v, layout))
+    torch.testing.assert_close(output[:, :3], va.Dense()(q, k, v, layout, attn_mask=mask)[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("agents", "error", "message"),
+    [
+        (0, ValueError, "Agent: agents must be at least 1, .* got 0"),
+        ((3, 3, 3), ValueError, r"Agent: agents must be at least 1, .* got \(3, 3, 3\)"),
+        (4.0, TypeError, r"Agent: agents must be an integer or \(rows, columns\), got 4.0"),
+    ],
+)
+def test_bad_numbers_of_agents_are_named(agents, error, message):
+    with pytest.raises(error, match=message):
+        va.Agent(agents)
+
+
+def test_agents_that_do_not_fit_the_grid_are_named():
+    layout, x = va.TokenLayout((4, 9)), torch.zeros(1, 36, 1, 2)
+    with pytest.raises(ValueError, match=r"Agent: agents must be a square number on the grid \(4, 9\), got 12: use 9"):
+        va.Agent(12)(x, x, x, layout)
+    with pytest.raises(va.UnsupportedError, match=r"Agent: agents must be at most \(4, 9\) .* got \(7, 7\): use fewer"):
+        va.Agent()(x, x, x, layout)
+    assert va.Agent(12)(x, x, x, va.TokenLayout((36,))).shape == x.shape

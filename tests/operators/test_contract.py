@@ -13,6 +13,10 @@ SAMPLES = {
     "dense": [va.Dense()],
     "clear": [va.Clear(2.5), va.Clear(2, down_factor=3), va.Clear(3, proportional=True)],
     "neighborhood": [va.Neighborhood(3), va.Neighborhood((2, 5), stride=(2, 3), dilation=(1, 2))],
+    "agent": [va.Agent(4), va.Agent((3, 2))],
+    "halo": [va.Halo(3, 2), va.Halo((2, 4), (0, 3))],
+    "hilo": [va.HiLo(0.5, 2), va.HiLo(1, 3), va.HiLo(0.4, 1)],
+    "lsda": [va.LSDA(3), va.LSDA((2, 3), interval=(3, 2))],
 }
 OPERATORS = [op for ops in SAMPLES.values() for op in ops]
 LAYOUT = va.TokenLayout((7, 11), text_before=4, text_after=3)
@@ -78,8 +82,12 @@ def test_gradcheck(op, backend):
     assert torch.autograd.gradcheck(lambda q, k, v: op(q, k, v, small, **keywords), tensors)
 
 
-# Pooled keys and another scale are not part of a mask.
-MASKED = [op for op in OPERATORS if getattr(op, "down_factor", 1) == 1 and not getattr(op, "proportional", False)]
+# Pooled keys and another scale are not part of a mask; some operators are no masked softmax and have none.
+MASKED = [
+    op
+    for op in OPERATORS
+    if op.mask(LAYOUT) is not None and getattr(op, "down_factor", 1) == 1 and not getattr(op, "proportional", False)
+]
 
 
 @pytest.mark.parametrize("op", MASKED, ids=str)
@@ -95,6 +103,8 @@ def test_batch_items_and_heads_are_independent(op):
     q, k, v = qkv(torch.float64)
     out = op(q, k, v, LAYOUT)
     batch, heads = torch.tensor([1, 0]), torch.tensor([2, 0, 1])
+    if isinstance(op, va.HiLo):  # its heads differ in what they see
+        heads = torch.arange(3)
     permuted = op(*(x[batch][:, :, heads] for x in (q, k, v)), LAYOUT)
     torch.testing.assert_close(permuted, out[batch][:, :, heads])
 

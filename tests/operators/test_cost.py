@@ -20,6 +20,9 @@ OPERATORS = [
     va.Neighborhood(7, stride=4),
     va.Neighborhood(3, dilation=3),
     va.Neighborhood(1000),
+    va.Halo(4, 2),
+    va.Halo(5, 0),
+    va.LSDA(4, interval=3),
     va.Clear(2.5),
     va.Clear(9),
     va.Clear(1000),
@@ -50,6 +53,19 @@ def test_flops_and_tiles_match_the_mask(op, layout):
     queries, keys = mask.nonzero(as_tuple=True)
     visited[tiles[queries], tiles[keys]] = True
     assert cost.kv_tiles == int(visited.sum())
+
+
+def test_heads_that_differ_are_counted_each():
+    """Of 3 heads 2 see windows of 2 x 2 and text, one the 5 x 9 cells and text; text sees 184 tokens."""
+    cost = va.HiLo(0.5, 2).cost(va.TokenLayout((10, 18), text_before=4), 3, 8)
+    assert cost.flops == 4 * 8 * (2 * (180 * 4) + 180 * 5 * 9 + 3 * 4 * (180 + 184))
+    assert cost.bytes == 4 * 184 * 3 * 8 * 2
+
+
+def test_agents_are_counted_on_both_sides():
+    cost = va.Agent((2, 3)).cost(va.TokenLayout((10, 18), text_before=4), 3, 8)
+    assert cost.flops == 4 * 3 * 8 * (6 * (180 + 184) + 4 * 184)
+    assert cost.kv_tiles == 3 + 3 + 3
 
 
 def test_pooled_keys_are_counted():

@@ -9,12 +9,28 @@ Source: Agent Attention (arXiv 2312.08874), equation 5.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
-from vision_attn.backends import agent, resolve
-from vision_attn.operators.arguments import FLOATS, autocast, check_cross_inputs, no_autocast, resolve_scale
+from vision_attn.backends import agent, full, resolve
+from vision_attn.errors import UnsupportedError
+from vision_attn.layout import TokenLayout
+from vision_attn.operators.arguments import (
+    FLOATS,
+    autocast,
+    check_cross_inputs,
+    check_joint_inputs,
+    no_autocast,
+    resolve_scale,
+)
+from vision_attn.operators.cost import Cost, chunks, pairs_cost
+from vision_attn.operators.joint import split_mask
+from vision_attn.operators.registry import register_operator
 
 
 def agent_attention(
@@ -108,3 +124,97 @@ def _checked_bias(where: str, name: str, bias: Any, query: Tensor, full: tuple[i
     if bias.ndim > 4 or not all(size in (1, whole) for size, whole in sizes):
         raise ValueError(f"{where}: {name} must broadcast to {list(full)}, got shape {list(bias.shape)}")
     return bias[(None,) * (4 - bias.ndim)]
+
+
+@register_operator("agent")
+@dataclass(frozen=True)
+class Agent:
+    """Agent attention as an operator for whole sequences: agents are image queries averaged over a raster of cells.
+
+    Agents collect from image and text keys, image queries read the agents; text queries attend every key as they do
+    densely. Without training it approximates softmax attention roughly: diffusion transformers need a window instead.
+
+    Args:
+        agents: Their number per frame, a square; or rows and columns of the raster. On a 1-D grid their number.
+
+    Raises:
+        ValueError, TypeError: not a square, a value below 1.
+        UnsupportedError: at the call, more rows or columns of agents than of tokens, or a mask that differs between
+            image queries or heads.
+
+    Source: arXiv 2312.08874, section 4; `AdaptiveAvgPool2d` of the queries before they are scaled, no biases.
+    """
+
+    agents: int | tuple[int, int] = 49
+
+    def __post_init__(self) -> None:
+        sizes = self.agents if isinstance(self.agents, (list, tuple)) else (self.agents,)
+        if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+            raise TypeError(f"Agent: agents must be an integer or (rows, columns), got {self.agents!r}")
+        if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
+            raise ValueError(f"Agent: agents must be at least 1, or (rows, columns) of at least 1, got {self.agents!r}")
+        if isinstance(self.agents, (list, tuple)):
+            object.__setattr__(self, "agents", tuple(sizes) if len(sizes) == 2 else sizes[0])
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        scale: float | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Attention on `[B, S, H, D]` with `S = layout.tokens`."""
+        query, key, value = autocast(query, key, value)
+        check_joint_inputs("Agent", query, key, value, layout)
+        factor, chosen = resolve_scale("Agent", scale, query.shape[-1]), resolve(backend, "Agent", query, value)
+        image, before = layout.image_slice, layout.text_before
+        with no_autocast(query):
+            bias, text_mask = split_mask("Agent", attn_mask, query, layout)
+            agent_bias = None if bias is None else bias[:, None, None]
+            agents = _pooled(query[:, image], layout.grid, self._raster(layout.grid))
+            output = agent(query[:, image], key, value, agents, agent_bias, None, factor, factor, backend=chosen)
+            if not layout.text_tokens:
+                return output
+            text = torch.cat([query[:, : image.start], query[:, image.stop :]], 1)
+            text = full(text, key, value, text_mask, factor, backend=chosen)[0]
+        return torch.cat([text[:, :before], output, text[:, before:]], 1)
+
+    def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
+        """Counted cost of one call, one batch item: query-agent and agent-key pairs count as pairs."""
+        image, text, tokens = layout.image_tokens, layout.text_tokens, layout.tokens
+        agents = math.prod(layout.grid[:-2]) * math.prod(self._raster(layout.grid))
+        pairs = agents * (image + tokens) + text * tokens
+        tiles = chunks(agents) * (chunks(image) + chunks(tokens)) + chunks(text) * chunks(tokens)
+        return pairs_cost(pairs, tokens, heads, head_dim, tiles)
+
+    def _raster(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of agents of a frame."""
+        rows, columns = (1, *grid)[-2:]
+        raster = self.agents
+        if isinstance(raster, int):
+            side = math.isqrt(raster)
+            if len(grid) > 1 and side * side != raster:
+                near = f"{side * side} or {(side + 1) ** 2}"
+                raise ValueError(
+                    f"Agent: agents must be a square number on the grid {grid}, got {raster}: use {near}, or "
+                    "(rows, columns)"
+                )
+            raster = (1, raster) if len(grid) == 1 else (side, side)
+        if raster[0] > rows or raster[1] > columns:
+            raise UnsupportedError(
+                f"Agent: agents must be at most {(rows, columns)} for the grid {grid}, got {raster}: use fewer agents"
+            )
+        return raster
+
+
+def _pooled(query: Tensor, grid: tuple[int, ...], raster: tuple[int, int]) -> Tensor:
+    """`[B, N, H, D]` to `[B, agents, H, D]`, the frames one after another."""
+    batch, _tokens, heads, width = query.shape
+    rows, columns = (1, *grid)[-2:]
+    frames = query.reshape(-1, rows, columns, heads * width).permute(0, 3, 1, 2)
+    pooled = adaptive_avg_pool2d(frames, raster).permute(0, 2, 3, 1)
+    return pooled.reshape(batch, math.prod(grid[:-2]) * math.prod(raster), heads, width)

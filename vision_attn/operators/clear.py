@@ -156,6 +156,12 @@ def pooled_keys(
     return [(_pool(key[:, image], layout.grid, weight), _pool(value[:, image], layout.grid, weight), None)]
 
 
+def pooled_cells(grid: tuple[int, ...], down_factor: int) -> int:
+    """Number of cells of a grid."""
+    frames, (y, x) = math.prod(grid[:-2]), (1, *grid)[-2:]
+    return frames * -(-y // down_factor) * -(-x // down_factor)
+
+
 def _pool(tokens: Tensor, grid: tuple[int, ...], weight: Tensor) -> Tensor:
     """`[B, N, H, D]` to `[B, cells, H, D]`: weighted sums over `f x f` cells of each frame."""
     f, (y, x) = weight.shape[0], (1, *grid)[-2:]
@@ -259,16 +265,10 @@ class Clear:
     def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
         """Counted cost of one call, one batch item; pooled keys included."""
         reach, text, image = self.reach(layout), layout.text_tokens, layout.image_tokens
-        cells = self._cells(layout.grid)
+        cells = pooled_cells(layout.grid, self.down_factor) if self.down_factor > 1 else 0
         pairs = reach.count() + text * (image + layout.tokens) + image * cells
         tiles = visited_tiles(reach) + text_tiles(layout.grid, text) + chunks(image) * chunks(cells)
         return pairs_cost(pairs, layout.tokens, heads, head_dim, tiles)
-
-    def _cells(self, grid: tuple[int, ...]) -> int:
-        if self.down_factor == 1:
-            return 0
-        frames, (y, x) = math.prod(grid[:-2]), (1, *grid)[-2:]
-        return frames * -(-y // self.down_factor) * -(-x // self.down_factor)
 
 
 def _checked_layout(where: str, grid: Any, before: Any, after: Any) -> TokenLayout:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.reach import Ball, Reach
+from vision_attn.layout import TokenLayout
 
 BYTES_PER_ELEMENT = 2  # half precision, as the large models run
 
@@ -39,6 +40,13 @@ class Cost:
 def pairs_cost(pairs: int, tokens: int, heads: int, head_dim: int, kv_tiles: int) -> Cost:
     """Cost of `pairs` visible query-key pairs per head in a sequence of `tokens`."""
     return Cost(4 * pairs * heads * head_dim, 4 * tokens * heads * head_dim * BYTES_PER_ELEMENT, kv_tiles)
+
+
+def window_cost(reach: Reach, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
+    """Cost of a window on the grid of a sequence whose text is seen by all and sees everything."""
+    text = layout.text_tokens
+    pairs = reach.count() + text * (layout.image_tokens + layout.tokens)
+    return pairs_cost(pairs, layout.tokens, heads, head_dim, visited_tiles(reach) + text_tiles(layout.grid, text))
 
 
 def text_tiles(grid: tuple[int, ...], text: int) -> int:

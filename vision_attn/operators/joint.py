@@ -75,7 +75,7 @@ def _joint(
 ) -> tuple[Tensor, Tensor]:
     bias, text_mask = split_mask(where, attn_mask, query, layout)
     if pooled and bias is not None:
-        _require_visible_grid(where, bias[:, layout.image_slice])
+        require_visible_grid(where, bias[:, layout.image_slice])
     if chosen == "triton" and (text_mask is None or text_mask.shape[2] == 1):  # text and image queries share the bias
         return triton_windowed(query, key, value, reach, factor, before=layout.text_before, key_bias=bias, extra=pooled)
     image, before, after = (
@@ -101,7 +101,8 @@ def _joint(
     )
 
 
-def _require_visible_grid(where: str, bias: Tensor) -> None:
+def require_visible_grid(where: str, bias: Tensor) -> None:
+    """Refuse a key bias `[B, N]` of the grid where its keys are pooled."""
     # A pooled key mixes the tokens of its cell: hidden in the window only, they would leak through it.
     if torch.compiler.is_compiling() or bool(bias.any()):
         raise UnsupportedError(

@@ -28,7 +28,7 @@ from vision_attn.operators.arguments import (
     per_axis,
     resolve_scale,
 )
-from vision_attn.operators.cost import Cost, pairs_cost, text_tiles, visited_tiles
+from vision_attn.operators.cost import Cost, window_cost
 from vision_attn.operators.joint import joint_attention, joint_mask
 from vision_attn.operators.registry import register_operator
 
@@ -246,14 +246,7 @@ class Neighborhood:
 
     def __post_init__(self) -> None:
         for name in ("kernel_size", "stride", "dilation"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):  # of a tuple's kinds, such as torch.Size, only itself prints as one
-                object.__setattr__(self, name, value := tuple(value))
-            axes = len(value) if isinstance(value, tuple) else 1
-            if not 1 <= axes <= 3:
-                raise ValueError(f"Neighborhood: {name} must be one value or 1 to 3 of them, got {value!r}")
-            if any(item < 1 for item in per_axis("Neighborhood", name, value, axes)):
-                raise ValueError(f"Neighborhood: {name} must be at least 1, got {value!r}")
+            object.__setattr__(self, name, checked_size("Neighborhood", name, getattr(self, name)))
 
     def __call__(
         self,
@@ -274,11 +267,8 @@ class Neighborhood:
 
     def reach(self, layout: TokenLayout) -> Box:
         """The window on this layout's grid, clipped to it."""
-        axes = len(layout.grid)
-        sizes = (per_axis("Neighborhood", n, getattr(self, n), axes) for n in ("kernel_size", "stride", "dilation"))
-        clipped = [_clip(n, k, s, d) for n, k, s, d in zip(layout.grid, *sizes, strict=True)]
-        kernel, stride, dilation = (tuple(values) for values in zip(*clipped, strict=True))
-        return Box(layout.grid, kernel, stride, dilation, (False,) * axes)
+        sizes = ((name, getattr(self, name)) for name in ("kernel_size", "stride", "dilation"))
+        return clipped_box("Neighborhood", layout.grid, *sizes)
 
     def mask(self, layout: TokenLayout) -> Tensor:
         """Bool `[S, S]`: which token sees which."""
@@ -286,9 +276,39 @@ class Neighborhood:
 
     def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
         """Counted cost of one call, one batch item."""
-        reach, text = self.reach(layout), layout.text_tokens
-        pairs = reach.count() + text * (layout.image_tokens + layout.tokens)
-        return pairs_cost(pairs, layout.tokens, heads, head_dim, visited_tiles(reach) + text_tiles(layout.grid, text))
+        return window_cost(self.reach(layout), layout, heads, head_dim)
+
+
+def checked_size(where: str, name: str, value: Any, least: int = 1) -> PerAxis:
+    """A field of an operator: an integer, or a tuple of one per axis.
+
+    Raises:
+        ValueError: a value below `least`, or not one to three of them.
+        TypeError: not an integer.
+    """
+    if isinstance(value, (list, tuple)):  # of a tuple's kinds, such as torch.Size, only itself prints as one
+        value = tuple(value)
+    axes = len(value) if isinstance(value, tuple) else 1
+    if not 1 <= axes <= 3:
+        raise ValueError(f"{where}: {name} must be one value or 1 to 3 of them, got {value!r}")
+    if any(item < least for item in per_axis(where, name, value, axes)):
+        raise ValueError(f"{where}: {name} must be at least {least}, got {value!r}")
+    return value
+
+
+def clipped_box(
+    where: str, grid: tuple[int, ...], kernel: tuple[str, PerAxis], stride: tuple[str, PerAxis],
+    dilation: tuple[str, PerAxis],
+) -> Box:  # fmt: skip
+    """The window of named sizes, clipped to a grid: kernel to axis, stride to kernel, dilation to `axis // kernel`.
+
+    Raises:
+        ValueError: a number of values other than the grid's axes.
+    """
+    sizes = (per_axis(where, name, value, len(grid)) for name, value in (kernel, stride, dilation))
+    clipped = [_clip(n, k, s, d) for n, k, s, d in zip(grid, *sizes, strict=True)]
+    kernels, strides, dilations = (tuple(values) for values in zip(*clipped, strict=True))
+    return Box(grid, kernels, strides, dilations, (False,) * len(grid))
 
 
 def _clip(n: int, k: int, s: int, d: int) -> tuple[int, int, int]:

@@ -79,7 +79,7 @@ def test_the_examples_of_the_readme_run(tiny_flux_folder, monkeypatch, capsys):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda name: pipe)
     before = list(va.operators())
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     namespace = {"__name__": __name__}  # a dataclass looks its module up by name
     try:
         for number, block in enumerate(blocks):
@@ -92,7 +92,7 @@ def test_the_examples_of_the_readme_run(tiny_flux_folder, monkeypatch, capsys):
     assert "neighborhood(kernel_size=13)" in printed
     assert "50 of 512 at worst" in printed
     assert namespace["output"].shape == (1, 77 + 48 * 64, 8, 32)
-    assert namespace["logits"].shape == (1, 10)
+    assert namespace["logits"].shape == (1, 1000)
     assert namespace["image"].size == (48, 32)
 
 

@@ -109,15 +109,6 @@ def test_a_model_without_attention():
         va.patch(torch.nn.Linear(2, 2), CLEAR, grid=(2, 3))
 
 
-def test_timm_models_wait_for_a_later_release():
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("test_vit", pretrained=False)
-    with pytest.raises(
-        NotImplementedError, match="target must be a diffusers model in this release, got the timm model"
-    ):
-        va.patch(model, CLEAR)
-
-
 def test_refused_models_say_why():
     import diffusers
 

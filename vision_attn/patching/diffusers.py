@@ -31,14 +31,9 @@ def models_of(target: Any) -> dict[str, nn.Module]:
     """The models of a pipeline by name, each once; or the model itself under an empty name.
 
     Raises:
-        NotImplementedError: A timm model.
         TypeError: Neither a diffusers pipeline nor a model.
     """
     if isinstance(target, nn.Module):
-        if type(call_module(target)).__module__.startswith("timm."):
-            raise NotImplementedError(
-                f"patch: target must be a diffusers model in this release, got the timm model {type(target).__name__}"
-            )
         return {"": target}
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
@@ -57,7 +52,6 @@ def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
 
     Raises:
         PatchError: A pipeline without denoiser.
-        NotImplementedError: A timm model.
         TypeError: Something else.
     """
     models = models_of(target)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vision_attn.patching.timm import CLASSES as TIMM_CLASSES
+
 Inputs = dict[str, Any]
 
 GRID = (5, 7)
@@ -23,7 +25,8 @@ class _Maker:
     def __init__(self, model: nn.Module) -> None:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.config: Any = model.config
+        self.model: Any = model
+        self.config: Any = getattr(model, "config", None)
         self.generator = torch.Generator().manual_seed(0)
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -197,11 +200,24 @@ RECIPES: dict[str, Callable[[_Maker], Inputs]] = {
 }
 
 
+def _timm(make: _Maker) -> Inputs:
+    """An image of the size that the model is made for."""
+    embed = make.model.patch_embed
+    size = embed.img_size or make.model.default_cfg["input_size"][1:]
+    channels = next(p.shape[1] for p in embed.parameters() if p.ndim == 4)
+    return {"x": make.randn(1, channels, *size)}
+
+
+RECIPES |= dict.fromkeys(TIMM_CLASSES, _timm)
+
+
 def dry_inputs(model: nn.Module) -> Inputs:
     """Forward arguments for a model: batch 1, a 5 x 7 token grid (3 frames for video), 6 text tokens, always the same.
 
+    A timm model gets an image of its own size.
+
     Args:
-        model: A diffusers transformer or UNet.
+        model: A diffusers transformer or UNet, or a timm vision transformer.
 
     Returns:
         Keyword arguments of its forward.

@@ -206,6 +206,10 @@ class Installation:
                 place(entry.module, stock_of(current, entry.layer.original))
             entry.layer.release_parameters()
         self._restore_remembered()
+        self.unwatch()
+
+    def unwatch(self) -> None:
+        """Take the hooks away."""
         for module, hook in self._hooks:
             _unregister(module, hook)
         self._hooks = []

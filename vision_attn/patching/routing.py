@@ -63,12 +63,12 @@ DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
 _SILENT = ("EXTENDED_ARG", "CACHE", "NOP", "PUSH_NULL")
 
 
-def attention_calls(stock: type) -> list[tuple[str, ...]]:
-    """How `stock.__call__` spells the attention functions that can be replaced: a global's name, then attributes.
+def attention_calls(stock: type, method: str = "__call__") -> list[tuple[str, ...]]:
+    """How a method of `stock` spells the attention functions that can be replaced: a global's name, then attributes.
 
     `import torch.nn.functional as F` gives `("F", "scaled_dot_product_attention")`. Empty when there is none.
     """
-    call = getattr(stock, "__call__", None)  # noqa: B004 - the function, not the fact
+    call = getattr(stock, method, None)
     code, namespace = getattr(call, "__code__", None), getattr(call, "__globals__", {})
     found: list[tuple[str, ...]] = []
     path: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ def stock_of(processor: Processor, fallback: Processor = None) -> Processor:
     return stock
 
 
-class _Running(threading.local):
+class Running(threading.local):
     """The layer whose processor is running in this thread: the replaced function has no other way to know it."""
 
     def __init__(self) -> None:
@@ -168,9 +168,9 @@ class Route:
 
 
 def _routed_class(stock: Any, operator: Any, learned: bool) -> type:
-    running = _Running()
+    running = Running()
     stock_call = stock.__call__
-    routed_call = with_globals(stock_call, **_replaced_names(stock, operator, running))
+    routed_call = with_globals(stock_call, **replaced_names(stock, operator, running))
 
     # diffusers passes the arguments that the signature names and drops all others.
     @functools.wraps(stock_call)
@@ -203,11 +203,11 @@ def _routed_class(stock: Any, operator: Any, learned: bool) -> type:
     return types.new_class(stock.__name__, bases, {}, lambda namespace: namespace.update(body))
 
 
-def _replaced_names(stock: Any, operator: Any, running: Any) -> dict[str, Any]:
-    """Globals of `stock.__call__` that lead to an attention function, changed to lead to ours."""
-    namespace = stock.__call__.__globals__
+def replaced_names(stock: Any, operator: Any, running: Any, method: str = "__call__") -> dict[str, Any]:
+    """Globals of a method that lead to an attention function, changed to lead to ours."""
+    namespace = getattr(stock, method).__globals__
     names: dict[str, Any] = {}
-    for path in attention_calls(stock):
+    for path in attention_calls(stock, method):
         modules = [namespace[path[0]]]
         for name in path[1:]:
             modules.append(getattr(modules[-1], name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from vision_attn.errors import PatchError
 from vision_attn.patching.diffusers import (
+    Plan,
     attention_modules,
     call_module,
     denoisers,
@@ -25,6 +26,7 @@ from vision_attn.patching.ltx2_decoder import OwnWindow, check_arguments, is_dec
 from vision_attn.patching.report import Call, Routed, Skipped, table
 from vision_attn.patching.selection import make_rules, require_matches
 from vision_attn.patching.steps import StepTracker, check_steps
+from vision_attn.patching.timm import check_timm_arguments, is_timm, plan_timm, timm_attention
 
 
 class Patch:
@@ -160,7 +162,7 @@ def patch(
     strict: bool = True,
     trainable: bool = False,
 ) -> Patch:
-    """Swap the spatial self- and joint attention of a diffusers pipeline or model for an operator.
+    """Swap the spatial self- and joint attention of a diffusers pipeline or model, or of a timm model, for an operator.
 
     Each attention keeps its projections, norms and positions; only the attention call itself goes to `op`. Weights,
     LoRA, offloading, gradient checkpointing and saving work as on the stock model; so does `torch.compile`, with one
@@ -169,7 +171,9 @@ def patch(
     use the token grid of the last one. One thread at a time may run a patched model.
 
     Args:
-        target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder.
+        target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder; or a timm vision transformer
+            (ViT, DeiT, DINOv2, DINOv3, SigLIP, EVA), also with `features_only=True`. Its class and register tokens see
+            everything and are seen by all. It takes `op`, `layers` and `strict` only.
         op: An operator object such as `va.Clear(radius=8)`; left out when `layers` is a dict. The LTX-2.5 decoder is
             made of neighborhood attention: left out for it, each layer keeps its own window, in linear memory.
         layers: `None` for every self- and joint attention, a glob or list of globs on module names, a predicate on
@@ -193,7 +197,6 @@ def patch(
     Raises:
         PatchError: Nothing to route, an unknown or refused model, a layer that is patched already, context parallelism.
         TypeError, ValueError: An argument that is none of the above.
-        NotImplementedError: A timm model.
 
     Example:
         >>> import diffusers, torch, vision_attn as va
@@ -202,6 +205,11 @@ def patch(
         ...     [layer.name for layer in p.routed]
         ['transformer_blocks.0.attn1']
     """
+    if is_timm(target):
+        rules = make_rules(op, layers)
+        check_timm_arguments(target, grid=grid, steps=steps, trainable=trainable)
+        require_matches(rules, [("", name) for name, _ in timm_attention(target)])
+        return _installed([plan_timm(target, rules, strict)], [])
     models = denoisers(target)
     if op is None and not isinstance(layers, Mapping) and all(is_decoder(model) for _, model in models):
         op = OwnWindow()
@@ -220,12 +228,16 @@ def patch(
             plans.append(plan_decoder(prefix, model, rules, strict))
         else:
             plans.append(plan(prefix, model, rules, given, strict, trainable, tracker))
+    return _installed(plans, left_out(target, models))
+
+
+def _installed(plans: Sequence[Plan], others: Iterable[Skipped]) -> Patch:
     if not any(planned.routed for planned in plans):
         reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for planned in plans for skipped in planned.skipped[:3])
         raise PatchError(
             f"patch: layers must leave at least one attention to route, got none: {reasons or 'no attention'}"
         )
-    return Patch([planned.install() for planned in plans], left_out(target, models))
+    return Patch([planned.install() for planned in plans], others)
 
 
 def unpatch(target: Any) -> None:

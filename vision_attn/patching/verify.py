@@ -21,6 +21,7 @@ from vision_attn.patching.installation import installations
 from vision_attn.patching.ltx2_decoder import is_decoder
 from vision_attn.patching.report import table
 from vision_attn.patching.swap import Patch, patch
+from vision_attn.patching.timm import is_timm, timm_attention
 
 EVERYTHING = 10**6
 """A window that covers any grid, in tokens."""
@@ -73,7 +74,7 @@ def verify(target: Any, *, inputs: Mapping[str, Any] | None = None) -> Verificat
     processors, parameter names and output back. Weights are not changed and the target is left unpatched.
 
     Args:
-        target: A diffusers pipeline or model.
+        target: A diffusers pipeline or model, or a timm vision transformer.
         inputs: For a pipeline, arguments of its call (a prompt and a small size are the default); for a model,
             arguments of its forward. Without them inputs are made up from the model's configuration.
 
@@ -271,6 +272,8 @@ def _row_major(token: tuple[int, ...], grid: tuple[int, ...]) -> int:
 
 
 def _processors(model: nn.Module) -> list[tuple[str, Any]]:
+    if is_timm(model):  # whose attention modules change their class
+        return [(name, type(module)) for name, module in timm_attention(model)]
     return [(name, module.processor) for name, module in attention_modules(model)]
 
 

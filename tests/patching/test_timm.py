@@ -1,0 +1,219 @@
+"""Swapping attention in timm's vision transformers."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+
+import vision_attn as va
+
+MODELS = {
+    "class token": ("vit_tiny_patch16_224", {"img_size": (80, 112)}),
+    "two class tokens": ("deit_tiny_distilled_patch16_224", {"img_size": (80, 112)}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": (70, 98), "init_values": 1.0}),
+    "rope": ("eva02_tiny_patch14_224", {"img_size": (70, 98)}),
+    "rope and registers": ("vit_small_patch16_dinov3", {"img_size": (80, 112), "init_values": 1.0}),
+    "pooling attention": ("vit_base_patch16_siglip_224", {"img_size": (80, 112), "embed_dim": 96, "num_heads": 4}),
+    "no class token": ("vit_base_patch16_gap_224", {"img_size": (80, 112), "embed_dim": 96, "num_heads": 4}),
+    "attention in the block": ("vit_base_patch16_xp_224", {"img_size": (80, 112), "embed_dim": 96, "num_heads": 4}),
+}
+PREFIX = {
+    "class token": 1,
+    "two class tokens": 2,
+    "registers": 5,
+    "rope": 1,
+    "rope and registers": 5,
+    "attention in the block": 1,
+}
+
+
+def make(kind):
+    torch.manual_seed(0)
+    name, changes = MODELS[kind]
+    model = timm.create_model(name, depth=2, num_classes=5, **changes).eval()
+    for parameter in model.blocks.parameters():  # as far from uniform attention as in a trained model
+        parameter.data += torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    return model, torch.randn(2, 3, *changes["img_size"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+def test_swap_and_back(kind):
+    model, x = make(kind)
+    stock, classes = model(x), {name: type(module) for name, module in model.named_modules()}
+    keys = list(model.state_dict())
+    with va.patch(model, va.Neighborhood(99)) as patch:
+        assert (model(x) - stock).abs().max() <= 2e-5 * stock.abs().max()
+        assert list(model.state_dict()) == keys
+        assert len(patch.routed) == 2
+        for calls in patch.calls.values():
+            assert [call.kind for call in calls] == ["operator"]
+            assert calls[0].layout == va.TokenLayout((5, 7), text_before=PREFIX.get(kind, 0))
+    with va.patch(model, va.Neighborhood(3)):
+        assert (model(x) - stock).abs().max() > 1e-2 * stock.abs().max()
+    assert torch.equal(model(x), stock)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert not any("_vision_attn_layer" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_window_in_every_layer_is_masked_attention(monkeypatch):
+    """Against timm's own code with a mask given to it."""
+    model, x = make("class token")
+    op = va.Neighborhood((3, 5))
+    mask = op.mask(va.TokenLayout((5, 7), text_before=1))
+    with va.patch(model, op):
+        ours = model(x)
+    for block in model.blocks:
+        plain = block.attn.forward
+        monkeypatch.setattr(block.attn, "forward", lambda y, attn_mask=None, is_causal=False, f=plain: f(y, mask))
+    torch.testing.assert_close(ours, model(x), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_dynamic_image_sizes_and_every_way_in():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, dynamic_img_size=True, num_classes=5).eval()
+    with va.patch(model, va.Clear(99)) as patch:
+        for size in ((96, 160), (64, 48)):
+            x = torch.randn(1, 3, *size)
+            results = model(x), model.forward_features(x), model.forward_intermediates(x, indices=1)[0]
+            assert patch.calls["blocks.0.attn"][-1].layout.grid == (size[0] // 16, size[1] // 16)
+            patch.remove()
+            expected = model(x), model.forward_features(x), model.forward_intermediates(x, indices=1)[0]
+            for a, b in zip(results, expected, strict=True):
+                torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+            patch = va.patch(model, va.Clear(99))
+        patch.remove()
+
+
+@torch.no_grad()
+def test_features_only():
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, features_only=True, img_size=(80, 112)).eval()
+    x = torch.randn(1, 3, 80, 112)
+    stock = model(x)
+    with va.patch(model, va.Neighborhood(99)) as patch:
+        assert [layer.name for layer in patch.routed] == [f"model.blocks.{i}.attn" for i in range(3)]
+        for a, b in zip(model(x), stock, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+        assert patch.calls
+    for a, b in zip(model(x), stock, strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_layers_and_dicts_of_operators():
+    model, x = make("class token")
+    with va.patch(model, layers={"blocks.0.*": va.Agent(9), "*": va.LSDA(2)}) as patch:
+        model(x)
+        assert {layer.name: str(layer.operator) for layer in patch.routed} == {
+            "blocks.0.attn": "agent(agents=9)",
+            "blocks.1.attn": "lsda(group=2)",
+        }
+    with va.patch(model, va.Halo(2, 1), layers="blocks.1.*") as patch:
+        assert [(s.name, s.reason) for s in patch.skipped] == [("blocks.0.attn", "not selected by layers")]
+        with pytest.raises(
+            va.PatchError, match=r"each layer must be patched once, got 'blocks.1.attn', which has halo"
+        ):
+            va.patch(model, va.Halo(2, 1))
+        with va.patch(model, va.HiLo(), layers="blocks.0.*"):
+            model(x)
+    va.patch(model, va.Dense())
+    va.unpatch(model)
+    va.unpatch(model)
+    assert type(model.blocks[0].attn).__dict__.get("stock_class") is None
+
+
+def test_training_with_checkpointing_gives_the_same_gradients():
+    model, x = make("class token")
+
+    def gradients():
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with va.patch(model, va.Neighborhood(3)):
+        plain = gradients()
+        model.set_grad_checkpointing()
+        for a, b in zip(plain, gradients(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_copies_are_patched_and_pickles_are_stock():
+    model, x = make("class token")
+    stock = model(x)
+    with va.patch(model, va.Neighborhood(3)):
+        patched = model(x)
+        twin = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        assert b"vision_attn" not in pickle.dumps(model.blocks[0].attn)
+    assert torch.equal(twin(x), patched)
+    va.unpatch(twin)
+    assert torch.equal(twin(x), stock)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), stock)
+
+
+@torch.no_grad()
+def test_full_graph_compile():
+    torch._dynamo.reset()
+    model, x = make("class token")
+    with va.patch(model, va.Neighborhood(3)):
+        eager = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+        torch.testing.assert_close(compiled(x), eager)
+
+
+def test_unfused_attention_is_named():
+    model, _ = make("class token")
+    model.blocks[0].attn.fused_attn = False
+    with va.patch(model, va.Dense()) as patch:
+        assert patch.skipped[0].name == "blocks.0.attn"
+        assert "fused_attn is False" in patch.skipped[0].reason
+    model.blocks[1].attn.fused_attn = False
+    with pytest.raises(va.PatchError, match=r"at least one attention to route, got none: blocks.0.attn: fused_attn is"):
+        va.patch(model, va.Dense())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "hiera_tiny_224"])
+def test_other_families_are_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(va.PatchError, match=f"got {type(model).__name__}, whose attention sees no whole map"):
+        va.patch(model, va.Neighborhood(3), layers=lambda layer: True)
+
+
+@torch.no_grad()
+def test_a_bias_per_head_is_refused_or_listed():
+    model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=96, num_heads=4, img_size=64).eval()
+    x = torch.randn(1, 3, 64, 64)
+    stock = model(x)
+    with (
+        va.patch(model, va.Neighborhood(3)),
+        pytest.raises(va.PatchError, match=r"cannot honour the call of 'blocks.0.attn': .* the same for all heads"),
+    ):
+        model(x)
+    with va.patch(model, va.Neighborhood(3), strict=False) as patch:
+        assert torch.equal(model(x), stock)
+        assert [call.kind for call in patch.calls["blocks.0.attn"]] == ["dense"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("grid", (5, 7)), ("steps", range(3)), ("trainable", True)])
+def test_arguments_without_meaning_are_named(name, value):
+    model, _ = make("class token")
+    with pytest.raises(va.PatchError, match=rf"{name} must be left out for the timm model VisionTransformer, got"):
+        va.patch(model, va.Dense(), **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["registers", "rope", "no class token"])
+def test_verify(kind):
+    report = va.verify(make(kind)[0])
+    assert report.passed
+    moved = next(check for check in report.checks if check.name == "a pixel moves its token")
+    assert moved.passed
+    assert f"grid (5, 7), {PREFIX.get(kind, 0)} before" in moved.detail

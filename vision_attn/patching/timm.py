@@ -1,0 +1,230 @@
+"""Swapping attention in timm's vision transformers: a module's class is changed to one whose attention call is ours.
+
+timm has no processors: attention is a module whose `forward` calls `scaled_dot_product_attention`. Its class is swapped
+for a subclass that runs the same code over other globals, and swapped back on removal; parameters, names and hooks of
+the module stay what they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from vision_attn.errors import PatchError
+from vision_attn.layout import TokenLayout
+from vision_attn.patching.cell import Cell, Switch
+from vision_attn.patching.diffusers import Plan, call_module
+from vision_attn.patching.installation import Entry, Installation
+from vision_attn.patching.layer import Layer
+from vision_attn.patching.parameters import initial_parameters
+from vision_attn.patching.report import Skipped
+from vision_attn.patching.routing import Running, attention_calls, replaced_names, with_globals
+from vision_attn.patching.selection import Rule
+
+# Models whose attention sees the whole map of their `patch_embed`, after `num_prefix_tokens` other tokens.
+CLASSES = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos")
+_POOLING = "it pools the tokens into a few of its own: cross-attention stays dense"
+_UNFUSED = (
+    "fused_attn is False, so that it makes no attention call: call "
+    "timm.layers.set_fused_attn(True, experimental=True) before the model is created"
+)
+
+
+def is_timm(target: Any) -> bool:
+    """Whether the target is a timm model, a subclass of one or a feature extractor around one."""
+    return isinstance(target, nn.Module) and any(
+        cls.__module__.startswith("timm.") for cls in type(call_module(target)).__mro__
+    )
+
+
+def timm_attention(target: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of a model that call `scaled_dot_product_attention` or would, with their names."""
+    for name, module in call_module(target).named_modules():
+        if attention_calls(_stock_class(module), "forward"):
+            yield name.replace("_orig_mod.", ""), module
+
+
+def plan_timm(target: nn.Module, rules: Sequence[Rule], strict: bool) -> Plan:
+    """Plan a patch of a timm model.
+
+    Args:
+        target: The model, its `torch.compile` wrapper, or the wrapper of `features_only=True`.
+        rules: Which layers get which operator.
+        strict: Raise when a self-attention call cannot go to its operator.
+
+    Raises:
+        PatchError: A family that is not served, a layer that is patched already.
+    """
+    backbone = _backbone(target)
+    result = Plan(TimmInstallation(call_module(target), target, Switch(open=True), strict, None))
+    cell = Cell()
+    routes: dict[int, Any] = {}
+    for name, module in timm_attention(target):
+        rule = next((rule for rule in rules if rule.serves("", name)), None)
+        reason = "not selected by layers" if rule is None else _skip_reason(module)
+        if rule is None or reason:
+            result.skipped.append(Skipped(name, reason))
+            continue
+        if _is_routed(module):
+            holder = module.__dict__[_LAYER].operator
+            raise PatchError(
+                f"patch: each layer must be patched once, got {name!r}, which has {holder}: remove that patch or leave "
+                "the layer out with layers="
+            )
+        route = routes.setdefault(id(rule.operator), ModuleRoute(rule.operator))
+        stock, initial = type(module), initial_parameters(rule.operator)
+        layer = Layer(name, route, cell, result.installation.switch, stock, strict, initial=initial)
+        result.routed.append((module, layer))
+    result.scopes = [(backbone.patch_embed, functools.partial(_layout, prefix=_prefix(backbone)), cell)]
+    return result
+
+
+def check_timm_arguments(target: nn.Module, **given: Any) -> None:
+    """Refuse arguments of `patch` that have no meaning for a backbone.
+
+    Raises:
+        PatchError: One of them is set.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise PatchError(
+                f"patch: {name} must be left out for the timm model {type(call_module(target)).__name__}, got "
+                f"{value!r}: it runs in one step, tells its grid itself and registers no operator parameters"
+            )
+
+
+def _backbone(target: nn.Module) -> Any:
+    """The vision transformer in a model.
+
+    Raises:
+        PatchError: There is none.
+    """
+    for module in call_module(target).modules():
+        if any(cls.__name__ in CLASSES and cls.__module__.startswith("timm.") for cls in type(module).__mro__):
+            return module
+    raise PatchError(
+        f"patch: target must be a timm model of the classes {', '.join(CLASSES)} (DeiT, DINOv2, DINOv3, SigLIP, ...), "
+        f"got {type(call_module(target)).__name__}, whose attention sees no whole map of tokens or is no softmax call"
+    )
+
+
+def _prefix(backbone: Any) -> int:
+    return int(getattr(backbone, "num_prefix_tokens", 1))
+
+
+def _layout(embed: Any, arguments: Mapping[str, Any], prefix: int) -> TokenLayout:
+    """The map that a patch embedding makes of its image, behind class and register tokens."""
+    image = arguments["x"]
+    rows, columns = embed.dynamic_feat_size((image.shape[-2], image.shape[-1]))
+    return TokenLayout((int(rows), int(columns)), text_before=prefix)
+
+
+def _skip_reason(module: nn.Module) -> str:
+    if "Pool" in type(module).__name__:
+        return _POOLING
+    return _UNFUSED if getattr(module, "fused_attn", True) is False else ""
+
+
+class TimmInstallation(Installation):
+    """The patched layers of a timm model.
+
+    The patch embedding tells the grid, and every way into the model runs it first: `forward_features` and
+    `forward_intermediates`, which no hook of the model sees, are served too. So layouts outlive a forward.
+    """
+
+    def add(self, module: nn.Module, layer: Layer) -> None:
+        """Swap the class of an attention module."""
+        object.__setattr__(module, _LAYER, layer)
+        route: Any = layer.route
+        module.__class__ = route.routed(type(module))
+        self.entries.append(Entry(module, layer, module))
+
+    def check(self) -> None:
+        """Nothing replaces a module's class but ourselves."""
+
+    def end(self) -> None:
+        """Keep the layouts."""
+
+    def remove(self) -> None:
+        """Swap the classes back and take the hooks away. May be called again."""
+        for entry in self.entries:
+            entry.layer.installed = False
+            if _is_routed(entry.module) and entry.module.__dict__.get(_LAYER) is entry.layer:
+                entry.module.__class__ = _stock_class(entry.module)
+                del entry.module.__dict__[_LAYER]
+        self.unwatch()
+
+
+_LAYER = "_vision_attn_layer"
+
+
+class ModuleRoute:
+    """The routed module classes of one operator in one model.
+
+    Args:
+        operator: The operator object that takes the attention calls.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        self._classes: dict[type, type] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleRoute:
+        return self
+
+    def routed(self, stock: type) -> type:
+        """The subclass of module class `stock`."""
+        if stock not in self._classes:
+            self._classes[stock] = _routed_class(stock, self.operator)
+        return self._classes[stock]
+
+
+def _routed_class(stock: Any, operator: Any) -> type:
+    running = Running()
+    routed_forward = with_globals(stock.forward, **replaced_names(stock, operator, running, "forward"))
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, running.layer = running.layer, self.__dict__[_LAYER]
+        try:
+            return routed_forward(self, *args, **kwargs)
+        finally:
+            running.layer = outer
+
+    body = {
+        "forward": forward,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__reduce_ex__": _reduce,
+        "__deepcopy__": _deepcopy,
+        "stock_class": stock,
+    }
+    return types.new_class(stock.__name__, (stock,), {}, lambda namespace: namespace.update(body))
+
+
+def _is_routed(module: nn.Module) -> bool:
+    return "stock_class" in vars(type(module))
+
+
+def _stock_class(module: nn.Module) -> type:
+    return vars(type(module)).get("stock_class", type(module))
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    # A pickle holds the stock module and must load where this package is not installed.
+    state = {name: value for name, value in self.__dict__.items() if name != _LAYER}
+    return copyreg._reconstructor, (_stock_class(self), object, None), state  # type: ignore[attr-defined]
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    twin = object.__new__(type(self))
+    memo[id(self)] = twin
+    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return twin

@@ -11,6 +11,7 @@ from vision_attn.layout import TokenLayout
 from vision_attn.operators import (
     LSDA,
     Agent,
+    BiLevelRouting,
     Clear,
     Cost,
     Dense,
@@ -39,6 +40,7 @@ _SUBMODULES = ("simulator",)
 __all__ = [
     "LSDA",
     "Agent",
+    "BiLevelRouting",
     "Clear",
     "Cost",
     "Dense",

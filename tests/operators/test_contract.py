@@ -14,6 +14,7 @@ SAMPLES = {
     "clear": [va.Clear(2.5), va.Clear(2, down_factor=3), va.Clear(3, proportional=True)],
     "neighborhood": [va.Neighborhood(3), va.Neighborhood((2, 5), stride=(2, 3), dilation=(1, 2))],
     "agent": [va.Agent(4), va.Agent((3, 2))],
+    "bilevel_routing": [va.BiLevelRouting((7, 11), 9), va.BiLevelRouting(2, 3)],
     "halo": [va.Halo(3, 2), va.Halo((2, 4), (0, 3))],
     "hilo": [va.HiLo(0.5, 2), va.HiLo(1, 3), va.HiLo(0.4, 1)],
     "lsda": [va.LSDA(3), va.LSDA((2, 3), interval=(3, 2))],

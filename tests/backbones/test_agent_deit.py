@@ -4,21 +4,12 @@ import pytest
 import timm
 import torch
 from agent_golden import golden
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import vision_attn.backbones  # noqa: F401 - registers the names
 from vision_attn.backbones.agent_attention import AgentAttention
 from vision_attn.backbones.agent_deit import AgentVisionTransformer, checkpoint_filter_fn
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3, "agents": 9, "agent_blocks": 2}
-# Millions of parameters of the released code, and billions of multiply-adds as published (arXiv 2312.08874, table 1).
-PUBLISHED = {
-    "va_agent_deit_tiny_patch16_224": (6.02, 1.2),
-    "va_agent_deit_small_patch16_224": (22.65, 4.4),
-    "va_agent_deit_small_patch16_448": (23.07, 17.7),
-    "va_agent_deit_base_patch16_224": (87.20, 17.6),
-}
 
 
 def tiny(**changes):
@@ -30,18 +21,6 @@ def test_released_model():
     model = tiny().eval()
     model.load_state_dict(weights)
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_names_have_the_published_size_and_work(name):
-    assert name in timm.list_models("va_agent_deit_*")
-    model, (parameters, work) = timm.create_model(name).eval(), PUBLISHED[name]
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == parameters
-    # Only attention that is made of matrix products is counted.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *model.default_cfg["input_size"]))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(work, rel=0.03)
-    assert model.default_cfg["input_size"][-1] == int(name.rpartition("_")[2])
 
 
 def test_base_has_agents_in_its_first_four_blocks():

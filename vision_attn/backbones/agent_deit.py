@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as _resize_position_embedding
 from torch import Tensor
 
 from vision_attn.backbones.agent_attention import AgentAttention
+from vision_attn.backbones.agent_weights import default_cfg, resize_biases
 
 
 class AgentVisionTransformer(VisionTransformer):
@@ -71,50 +70,15 @@ def _replacement(attn: Any, agents: int, grid: tuple[int, int], prefix: int) -> 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: AgentVisionTransformer) -> dict[str, Tensor]:
     """The released state dict for a model: position embedding and biases of rows and columns resized to its map."""
-    resized: dict[str, Tensor] = _resize_position_embedding(dict(state_dict), model)
-    own = model.state_dict()
-    axes = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
-    for name, value in resized.items():
-        axis = axes.get(name.rpartition(".")[2])
-        if axis is not None and name in own and value.shape != own[name].shape:
-            resized[name] = _resize_axis(value, axis, own[name].shape[axis])
-    return resized
-
-
-def _resize_axis(bias: Tensor, axis: int, size: int) -> Tensor:
-    last = bias.transpose(axis, -1)
-    flat = last.reshape(1, -1, last.shape[-1])
-    flat = torch.nn.functional.interpolate(flat, size=size, mode="linear", align_corners=False)
-    return flat.reshape(*last.shape[:-1], size).transpose(axis, -1)
-
-
-def _cfg(**changes: Any) -> dict[str, Any]:
-    # The released weights are on a cloud drive of the authors' university, which serves no direct links.
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-        "paper_ids": "arXiv:2312.08874",
-        **changes,
-    }
+    return resize_biases(_resize_position_embedding(dict(state_dict), model), model)
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "va_agent_deit_tiny_patch16_224": _cfg(),
-        "va_agent_deit_small_patch16_224": _cfg(),
-        "va_agent_deit_small_patch16_448": _cfg(input_size=(3, 448, 448)),
-        "va_agent_deit_base_patch16_224": _cfg(),
+        "va_agent_deit_tiny_patch16_224": default_cfg(),
+        "va_agent_deit_small_patch16_224": default_cfg(),
+        "va_agent_deit_small_patch16_448": default_cfg(input_size=(3, 448, 448)),
+        "va_agent_deit_base_patch16_224": default_cfg(),
     }
 )
 

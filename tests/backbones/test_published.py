@@ -1,0 +1,36 @@
+"""Every registered name has the size and the work that its paper gives."""
+
+import pytest
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import vision_attn.backbones  # noqa: F401 - registers the names
+
+# Millions of parameters of the released code, and billions of multiply-adds as published (arXiv 2312.08874, table 8).
+PUBLISHED = {
+    "va_agent_deit_tiny_patch16_224": (6.02, 1.2),
+    "va_agent_deit_small_patch16_224": (22.65, 4.4),
+    "va_agent_deit_small_patch16_448": (23.07, 17.7),
+    "va_agent_deit_base_patch16_224": (87.20, 17.6),
+    "va_agent_swin_tiny": (28.90, 4.5),
+    "va_agent_swin_small": (49.67, 8.7),
+    "va_agent_swin_base": (88.10, 15.4),
+}
+
+
+def test_every_name_is_here():
+    assert set(timm.list_models("va_*")) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_size_and_work(name):
+    model, (parameters, work) = timm.create_model(name).eval(), PUBLISHED[name]
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == parameters
+    # Only attention that is made of matrix products is counted.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model(torch.randn(1, *model.default_cfg["input_size"]))
+    assert output.shape == (1, 1000)
+    assert output.isfinite().all()
+    assert counter.get_total_flops() / 2e9 == pytest.approx(work, rel=0.03)

@@ -13,11 +13,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vision_attn.backends import agent, full, resolve
+from vision_attn.backends import agent, resolve
 from vision_attn.errors import UnsupportedError
 from vision_attn.layout import TokenLayout
 from vision_attn.operators.arguments import (
@@ -29,7 +28,7 @@ from vision_attn.operators.arguments import (
     resolve_scale,
 )
 from vision_attn.operators.cost import Cost, chunks, pairs_cost
-from vision_attn.operators.joint import split_mask
+from vision_attn.operators.joint import split_mask, with_text_queries
 from vision_attn.operators.registry import register_operator
 
 
@@ -171,17 +170,13 @@ class Agent:
         query, key, value = autocast(query, key, value)
         check_joint_inputs("Agent", query, key, value, layout)
         factor, chosen = resolve_scale("Agent", scale, query.shape[-1]), resolve(backend, "Agent", query, value)
-        image, before = layout.image_slice, layout.text_before
+        image = layout.image_slice
         with no_autocast(query):
             bias, text_mask = split_mask("Agent", attn_mask, query, layout)
             agent_bias = None if bias is None else bias[:, None, None]
             agents = _pooled(query[:, image], layout.grid, self._raster(layout.grid))
             output = agent(query[:, image], key, value, agents, agent_bias, None, factor, factor, backend=chosen)
-            if not layout.text_tokens:
-                return output
-            text = torch.cat([query[:, : image.start], query[:, image.stop :]], 1)
-            text = full(text, key, value, text_mask, factor, backend=chosen)[0]
-        return torch.cat([text[:, :before], output, text[:, before:]], 1)
+            return with_text_queries(output, query, key, value, layout, text_mask, factor, chosen)
 
     def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
         """Counted cost of one call, one batch item: query-agent and agent-key pairs count as pairs."""

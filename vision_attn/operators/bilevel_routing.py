@@ -20,7 +20,7 @@ from vision_attn.backends import full, resolve
 from vision_attn.layout import TokenLayout
 from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, per_axis, resolve_scale
 from vision_attn.operators.cost import Cost, chunks, pairs_cost, text_tiles
-from vision_attn.operators.joint import split_mask
+from vision_attn.operators.joint import split_mask, with_text_queries
 from vision_attn.operators.neighborhood import checked_size
 from vision_attn.operators.registry import register_operator
 
@@ -70,7 +70,7 @@ class BiLevelRouting:
         query, key, value = autocast(query, key, value)
         check_joint_inputs(where, query, key, value, layout)
         factor, chosen = resolve_scale(where, scale, query.shape[-1]), resolve(backend, where, query, value)
-        image, before = layout.image_slice, layout.text_before
+        image = layout.image_slice
         with no_autocast(query):
             bias, text_mask = split_mask(where, attn_mask, query, layout)
             regions = _Regions.of(layout.grid, self._counts(layout.grid), query.device)
@@ -83,11 +83,7 @@ class BiLevelRouting:
             own = query[:, image][:, regions.members]
             output = _attend(own, _rows(key, listed), _rows(value, listed), bias, factor, chosen)
             output = output.flatten(1, 2)[:, regions.places]
-            if not layout.text_tokens:
-                return output
-            text = torch.cat([query[:, : image.start], query[:, image.stop :]], 1)
-            text = full(text, key, value, text_mask, factor, backend=chosen)[0]
-        return torch.cat([text[:, :before], output, text[:, before:]], 1)
+            return with_text_queries(output, query, key, value, layout, text_mask, factor, chosen)
 
     def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
         """Cost of one call, one batch item: as if all regions were of mean size, and the choice cost nothing."""

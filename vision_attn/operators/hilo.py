@@ -19,7 +19,7 @@ from vision_attn.layout import TokenLayout
 from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, resolve_scale
 from vision_attn.operators.clear import pooled_cells, pooled_keys
 from vision_attn.operators.cost import Cost, chunks, pairs_cost, text_tiles, window_cost
-from vision_attn.operators.joint import joint_attention, require_visible_grid, split_mask
+from vision_attn.operators.joint import joint_attention, require_visible_grid, split_mask, with_text_queries
 from vision_attn.operators.neighborhood import clipped_box
 from vision_attn.operators.registry import register_operator
 
@@ -114,7 +114,7 @@ class HiLo:
         attn_mask: Tensor | None, backend: str,
     ) -> Tensor:  # fmt: skip
         factor, chosen = resolve_scale("HiLo", scale, query.shape[-1]), resolve(backend, "HiLo", query, value)
-        image, before = layout.image_slice, layout.text_before
+        image = layout.image_slice
         with no_autocast(query):
             bias, text_mask = split_mask("HiLo", attn_mask, query, layout)
             if self.window > 1:
@@ -128,10 +128,7 @@ class HiLo:
             keys, values = _replaced(key, layout, cells), _replaced(value, layout, cell_values)
             bias = None if bias is None or visible is None else _replaced(bias, layout, visible)[:, None, None]
             output = full(query[:, image], keys, values, bias, factor, backend=chosen)[0]
-            if not layout.text_tokens:
-                return output
-            text = full(_replaced(query, layout, query[:, :0]), key, value, text_mask, factor, backend=chosen)[0]
-        return torch.cat([text[:, :before], output, text[:, before:]], 1)
+            return with_text_queries(output, query, key, value, layout, text_mask, factor, chosen)
 
 
 def _replaced(x: Tensor, layout: TokenLayout, grid: Tensor) -> Tensor:

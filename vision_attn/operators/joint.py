@@ -101,6 +101,19 @@ def _joint(
     )
 
 
+def with_text_queries(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, text_mask: Tensor | None,
+    factor: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """The grid's output `[B, N, H, Dv]` among that of the text's queries, which attend every key of the sequence."""
+    if not layout.text_tokens:
+        return output
+    image, before = layout.image_slice, layout.text_before
+    text = torch.cat([query[:, : image.start], query[:, image.stop :]], 1)
+    text = full(text, key, value, text_mask, factor, backend=backend)[0]
+    return torch.cat([text[:, :before], output, text[:, before:]], 1)
+
+
 def require_visible_grid(where: str, bias: Tensor) -> None:
     """Refuse a key bias `[B, N]` of the grid where its keys are pooled."""
     # A pooled key mixes the tokens of its cell: hidden in the window only, they would leak through it.

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision_attn.backbones.agent_attention import Grid, ReducedAgentAttention
 from vision_attn.backbones.agent_weights import default_cfg, resize_biases
+from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise
 
 STAGES = 4
 
@@ -71,7 +71,7 @@ class AgentBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class AgentPyramidVisionTransformer(nn.Module):
+class AgentPyramidVisionTransformer(Pyramid):
     """A pyramid vision transformer of agent attention.
 
     Args:
@@ -104,7 +104,7 @@ class AgentPyramidVisionTransformer(nn.Module):
         agents: Sequence[int] = (9, 16, 49, 49), sr_ratios: Sequence[int] = (1, 1, 1, 1), drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(embed_dims, num_classes, global_pool, drop_rate)
         per_stage = {
             "embed_dims": embed_dims, "depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios,
             "agents": agents, "sr_ratios": sr_ratios,
@@ -112,29 +112,21 @@ class AgentPyramidVisionTransformer(nn.Module):
         for name, given in per_stage.items():
             if len(given) != STAGES:
                 raise ValueError(f"AgentPyramidVisionTransformer: {name} must have {STAGES} values, got {given}")
-        self.num_classes, self.global_pool, self.num_features = num_classes, _checked_pool(global_pool), embed_dims[-1]
-        self.head_hidden_size, self.drop_rate, self.grad_checkpointing = embed_dims[-1], drop_rate, False
-        self.num_stages, self.grids = STAGES, _grids(img_size)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**index, "module": f"block{index + 1}"}
-            for index, dim in enumerate(embed_dims)
-        ]
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        self.grids = _grids(img_size)
+        rates = drop_path_rates(drop_path_rate, depths)
         for index, (grid, dim) in enumerate(zip(self.grids, embed_dims, strict=True)):
             channels, patch = (in_chans, 4) if index == 0 else (embed_dims[index - 1], 2)
             block = partial(
                 AgentBlock, dim, grid, num_heads[index], mlp_ratios[index], agents=agents[index],
                 sr_ratio=sr_ratios[index], attn_drop=attn_drop_rate, proj_drop=proj_drop_rate,
             )  # fmt: skip
-            blocks = [block(drop_path=next(rates)) for _ in range(depths[index])]
+            blocks = [block(drop_path=rate) for rate in rates[index]]
             self.add_module(f"patch_embed{index + 1}", PatchEmbedding(channels, dim, patch))
             position = trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02)
             self.register_parameter(f"pos_embed{index + 1}", nn.Parameter(position))
             self.add_module(f"block{index + 1}", nn.ModuleList(blocks))
         self.pos_drop = nn.Dropout(proj_drop_rate)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = _classifier(self.num_features, num_classes)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: positions."""
@@ -147,97 +139,26 @@ class AgentPyramidVisionTransformer(nn.Module):
         blocks = [(rf"^block{i + 1}\.(\d+)", None) for i in range(STAGES)]
         return {"stem": r"^(?:patch_embed1|pos_embed1)", "blocks": stages if coarse else [*blocks, *stages[1:]]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are computed again in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Another classifier, freshly initialised."""
-        self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else _checked_pool(global_pool)
-        self.head = _classifier(self.num_features, num_classes).to(self.patch_embed1.proj.weight)
-        self.head.apply(_initialise)
-
     def stage(self, index: int, x: Tensor) -> Tensor:
         """One stage, `[B, channels, Y, X]` to the same kind of map."""
         tokens, grid = getattr(self, f"patch_embed{index + 1}")(x)
         tokens = self.pos_drop(tokens + self._positions(index, grid))
         for block in getattr(self, f"block{index + 1}"):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                tokens = checkpoint(block, tokens, grid)
-            else:
-                tokens = block(tokens, grid)
+            tokens = self.call_block(block, tokens, grid)
         return tokens.transpose(1, 2).unflatten(2, grid)
+
+    def drop_stages(self, kept: int) -> None:
+        """Delete the parameters of the stages after so many."""
+        for index in range(kept, STAGES):
+            for name in ("patch_embed", "pos_embed", "block"):
+                delattr(self, f"{name}{index + 1}")
 
     def _positions(self, index: int, grid: Grid) -> Tensor:
         positions = getattr(self, f"pos_embed{index + 1}")
         return positions if grid == self.grids[index] else _resize_positions(positions, self.grids[index], grid)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map `[B, C, Y, X]`."""
-        for index in range(self.num_stages):
-            x = self.stage(index, x)
-        return x
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
-        output_fmt: str = "NCHW", intermediates_only: bool = False,
-    ) -> Any:  # fmt: skip
-        """Maps of some stages, and the last one; as timm's models.
-
-        Raises:
-            ValueError: a format other than NCHW.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW', got {output_fmt!r}")
-        wanted, last = feature_take_indices(STAGES, indices)
-        maps = []
-        for index in range(last + 1 if stop_early else self.num_stages):
-            x = self.stage(index, x)
-            if index in wanted:
-                maps.append(x)
-        return maps if intermediates_only else (x, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the stages of `indices` do not need."""
-        wanted, last = feature_take_indices(STAGES, indices)
-        self.num_stages = last + 1
-        for index in range(last + 1, STAGES):
-            for name in ("patch_embed", "pos_embed", "block"):
-                delattr(self, f"{name}{index + 1}")
-        if prune_head:
-            self.reset_classifier(0, "")
-        return list(wanted)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Classes of the last stage's map."""
-        if self.global_pool == "avg":
-            x = x.mean((2, 3))
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_chans, rows, columns]` to logits `[B, num_classes]`."""
-        return self.forward_head(self.forward_features(x))
-
 
 _POSITIONS = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
-
-
-def _checked_pool(global_pool: str) -> str:
-    if global_pool not in ("", "avg"):
-        raise ValueError(f"AgentPyramidVisionTransformer: global_pool must be 'avg' or '', got {global_pool!r}")
-    return global_pool
-
-
-def _classifier(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes > 0 else nn.Identity()
 
 
 def _grids(img_size: int | Grid) -> list[Grid]:
@@ -249,13 +170,6 @@ def _resize_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
     """`[1, N, C]` on a map of another shape."""
     maps = positions.transpose(1, 2).unflatten(2, old)
     return interpolate(maps, size=new, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: AgentPyramidVisionTransformer) -> dict[str, Tensor]:

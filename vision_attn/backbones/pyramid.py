@@ -1,0 +1,136 @@
+"""What backbones of several stages share of timm's interface: classifier, features, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+
+class Pyramid(nn.Module):
+    """A backbone of stages, each of which makes a smaller map of more channels; subclasses write `stage`.
+
+    Args:
+        dims: Channels per stage; the first map has a quarter of the image's rows and columns, each further one half.
+        num_classes: Classes; 0 for none.
+        global_pool: `"avg"` or `""`.
+        drop_rate: Dropout before the classifier.
+
+    Raises:
+        ValueError: another pooling.
+    """
+
+    def __init__(self, dims: Sequence[int], num_classes: int, global_pool: str, drop_rate: float) -> None:
+        super().__init__()
+        self.num_classes, self.global_pool, self.grad_checkpointing = num_classes, self._checked(global_pool), False
+        self.num_stages, self.num_features, self.head_hidden_size = len(dims), dims[-1], dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stage{index + 1}"} for index, dim in enumerate(dims)
+        ]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = _classifier(self.num_features, num_classes)
+
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """One stage, `[B, channels, Y, X]` to the same kind of map."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the last stage."""
+        return x
+
+    def drop_stages(self, kept: int) -> None:
+        """Delete the parameters of the stages after so many."""
+        raise NotImplementedError
+
+    def call_block(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """A block's output; with checkpointing, computed again in the backward pass."""
+        output: Tensor = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
+        return output
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are computed again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Another classifier, freshly initialised."""
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else self._checked(global_pool)
+        self.head = _classifier(self.num_features, num_classes).to(next(self.parameters()))
+        self.head.apply(initialise)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's map `[B, C, Y, X]`."""
+        for index in range(self.num_stages):
+            x = self.stage(index, x)
+        return self.finish(x)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> Any:  # fmt: skip
+        """Maps of some stages, and the last one; as timm's models.
+
+        Raises:
+            ValueError: a format other than NCHW.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW', got {output_fmt!r}")
+        wanted, last = feature_take_indices(len(self.feature_info), indices)
+        maps = []
+        for index in range(last + 1 if stop_early else self.num_stages):
+            x = self.stage(index, x)
+            if index in wanted:
+                maps.append(x)
+        return maps if intermediates_only else (self.finish(x), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the stages of `indices` do not need."""
+        wanted, last = feature_take_indices(len(self.feature_info), indices)
+        self.num_stages = last + 1
+        self.drop_stages(last + 1)
+        if prune_head:
+            self.reset_classifier(0, "")
+        return list(wanted)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Classes of the last stage's map."""
+        x = self.head_drop(x.mean((2, 3)) if self.global_pool == "avg" else x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, rows, columns]` to logits `[B, num_classes]`."""
+        return self.forward_head(self.forward_features(x))
+
+    def _checked(self, global_pool: str) -> str:
+        if global_pool not in ("", "avg"):
+            raise ValueError(f"{type(self).__name__}: global_pool must be 'avg' or '', got {global_pool!r}")
+        return global_pool
+
+
+def _classifier(features: int, classes: int) -> nn.Module:
+    return nn.Linear(features, classes) if classes > 0 else nn.Identity()
+
+
+def initialise(module: nn.Module) -> None:
+    """Initial weights of linear layers."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Rates of stochastic depth per stage and block, rising from 0 to `last`."""
+    rates = iter(torch.linspace(0, last, sum(depths), device="cpu").tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]

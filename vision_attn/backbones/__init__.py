@@ -13,6 +13,6 @@ try:
 except ImportError as error:
     raise ImportError('vision_attn.backbones: timm is missing: pip install "vision-attn[timm]"') from error
 
-from vision_attn.backbones import agent_deit, agent_pvt, agent_swin
+from vision_attn.backbones import agent_deit, agent_pvt, agent_swin, nat
 
-__all__ = ["agent_deit", "agent_pvt", "agent_swin"]
+__all__ = ["agent_deit", "agent_pvt", "agent_swin", "nat"]

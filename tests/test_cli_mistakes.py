@@ -19,7 +19,10 @@ WRONG = [
     (["compare", "--size", "256"], r"--size must be HEIGHTxWIDTH such as 256x384, got '256'"),
     (["compare", "--size", "0x64"], r"--size must be HEIGHTxWIDTH .* got '0x64'"),
     (["compare", "--size", "64x-4"], r"--size must be HEIGHTxWIDTH .* got '64x-4'"),
-    (["compare", "--ops", "clera(radius=8)"], r"parse: text must name one of clear, .*got 'clera\(radius=8\)'"),
+    (
+        ["compare", "--ops", "clera(radius=8)"],
+        r"parse: text must name one of agent, .*, clear, .*got 'clera\(radius=8\)'",
+    ),
     (
         ["compare", "--ops", "clear(radius=8"],
         r"parse: text must read name\(field=value, \.\.\.\).*got 'clear\(radius=8'",

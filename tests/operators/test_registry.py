@@ -70,7 +70,11 @@ def test_parse_reads_what_a_user_types(text, operator):
         ("__import__('os').system('true')", ValueError, "parse: text must read name"),
         ("clear(radius=8)(1)", ValueError, "parse: text must read name"),
         ("clear(**{'radius': 8})", ValueError, "parse: clear takes the fields radius, down_factor, proportional"),
-        ("cleer(radius=8)", ValueError, "parse: text must name one of clear, dense, neighborhood.*got 'cleer"),
+        (
+            "cleer(radius=8)",
+            ValueError,
+            "parse: text must name one of agent, bilevel_routing, clear, dense, halo, .*, neighborhood, got 'cleer",
+        ),
         (
             "clear(raduis=8)",
             ValueError,

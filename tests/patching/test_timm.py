@@ -180,6 +180,19 @@ def test_unfused_attention_is_named():
         va.patch(model, va.Dense())
 
 
+@torch.no_grad()
+def test_attention_without_a_call_is_listed():
+    import vision_attn.backbones.agent_deit as agent_deit
+
+    model = agent_deit.AgentVisionTransformer(img_size=32, patch_size=4, embed_dim=24, depth=2, num_heads=3, agents=9,
+                                              agent_blocks=1).eval()  # fmt: skip
+    with va.patch(model, va.Neighborhood(3)) as patch:
+        model(torch.randn(1, 3, 32, 32))
+        assert [layer.name for layer in patch.routed] == ["blocks.1.attn"]
+        reason = "AgentAttention makes no attention call that can be routed"
+        assert [(s.name, s.reason) for s in patch.skipped] == [("blocks.0.attn", reason)]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "hiera_tiny_224"])
 def test_other_families_are_refused_by_name(name):
     with torch.device("meta"):

@@ -44,9 +44,10 @@ def is_timm(target: Any) -> bool:
 
 
 def timm_attention(target: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules of a model that call `scaled_dot_product_attention` or would, with their names."""
+    """All modules of a model that compute attention, with their names: those that call it, and those that say so."""
     for name, module in call_module(target).named_modules():
-        if attention_calls(_stock_class(module), "forward"):
+        stock = _stock_class(module)
+        if attention_calls(stock, "forward") or "Attention" in stock.__name__:
             yield name.replace("_orig_mod.", ""), module
 
 
@@ -121,13 +122,16 @@ def _prefix(backbone: Any) -> int:
 def _layout(embed: Any, arguments: Mapping[str, Any], prefix: int) -> TokenLayout:
     """The map that a patch embedding makes of its image, behind class and register tokens."""
     image = arguments["x"]
-    rows, columns = embed.dynamic_feat_size((image.shape[-2], image.shape[-1]))
+    told = getattr(embed, "dynamic_feat_size", None)
+    rows, columns = embed.grid_size if told is None else told((image.shape[-2], image.shape[-1]))
     return TokenLayout((int(rows), int(columns)), text_before=prefix)
 
 
 def _skip_reason(module: nn.Module) -> str:
     if "Pool" in type(module).__name__:
         return _POOLING
+    if not attention_calls(_stock_class(module), "forward"):
+        return f"{type(module).__name__} makes no attention call that can be routed"
     return _UNFUSED if getattr(module, "fused_attn", True) is False else ""
 
 

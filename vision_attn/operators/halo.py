@@ -18,15 +18,15 @@ from torch import Tensor
 from vision_attn.kernels.reach import Box
 from vision_attn.layout import TokenLayout
 from vision_attn.operators.arguments import autocast, check_joint_inputs, checked_mask, per_axis
-from vision_attn.operators.cost import Cost, window_cost
-from vision_attn.operators.joint import joint_attention, joint_mask
+from vision_attn.operators.joint import joint_attention
 from vision_attn.operators.neighborhood import checked_size
 from vision_attn.operators.registry import register_operator
+from vision_attn.operators.window import WindowOperator
 
 
 @register_operator("halo")
 @dataclass(frozen=True)
-class Halo:
+class Halo(WindowOperator):
     """Halo attention as an operator for whole sequences; text is seen by all and sees everything.
 
     Unlike timm's `HaloAttn`, which leaves the zeros around the image in the softmax, keys that do not exist have no
@@ -78,14 +78,6 @@ class Halo:
         block = tuple(map(min, blocks, grid))
         kernel = tuple(b + 2 * min(h, n) for b, h, n in zip(block, halos, grid, strict=True))
         return CutBox(grid, kernel, block, (1,) * len(grid), (False,) * len(grid))
-
-    def mask(self, layout: TokenLayout) -> Tensor:
-        """Bool `[S, S]`: which token sees which."""
-        return joint_mask(self.reach(layout), layout)
-
-    def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
-        """Counted cost of one call, one batch item."""
-        return window_cost(self.reach(layout), layout, heads, head_dim)
 
 
 class CutBox(Box):

@@ -19,6 +19,7 @@ from vision_attn.layout import TokenLayout
 from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, resolve_scale
 from vision_attn.operators.clear import pooled_cells, pooled_keys
 from vision_attn.operators.cost import Cost, chunks, pairs_cost, text_tiles, window_cost
+from vision_attn.operators.dense import Dense
 from vision_attn.operators.joint import joint_attention, require_visible_grid, split_mask, with_text_queries
 from vision_attn.operators.neighborhood import clipped_box
 from vision_attn.operators.registry import register_operator
@@ -76,6 +77,9 @@ class HiLo:
         """
         query, key, value = autocast(query, key, value)
         check_joint_inputs("HiLo", query, key, value, layout)
+        if self.window == 1:
+            resolve(backend, "HiLo", query, value)
+            return Dense()(query, key, value, layout, scale, attn_mask=attn_mask)
         heads = query.shape[2]
         if key.shape[2] != heads:  # a group of heads may be hi in part
             key, value = (x.repeat_interleave(heads // x.shape[2], 2) for x in (key, value))
@@ -97,6 +101,8 @@ class HiLo:
 
     def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
         """Counted cost of one call, one batch item; tiles are the mean over heads."""
+        if self.window == 1:
+            return Dense().cost(layout, heads, head_dim)
         text, image, cells = layout.text_tokens, layout.image_tokens, pooled_cells(layout.grid, self.window)
         hi_heads = self._hi_heads(heads)
         hi = window_cost(self.reach(layout), layout, hi_heads, head_dim)
@@ -107,7 +113,7 @@ class HiLo:
         return Cost(hi.flops + lo.flops, hi.bytes + lo.bytes, mean)
 
     def _hi_heads(self, heads: int) -> int:
-        return 0 if self.window == 1 else heads - int(self.alpha * heads)
+        return heads - int(self.alpha * heads)
 
     def _lo(
         self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None,
@@ -117,16 +123,12 @@ class HiLo:
         image = layout.image_slice
         with no_autocast(query):
             bias, text_mask = split_mask("HiLo", attn_mask, query, layout)
-            if self.window > 1:
-                if bias is not None:
-                    require_visible_grid("HiLo", bias[:, image])
-                [(cells, cell_values, _)] = pooled_keys("HiLo", key, value, layout, self.window, None)
-                visible = None if bias is None else bias.new_zeros(cells.shape[:2])
-            else:
-                cells, cell_values = key[:, image], value[:, image]
-                visible = None if bias is None else bias[:, image]
+            if bias is not None:
+                require_visible_grid("HiLo", bias[:, image])
+            [(cells, cell_values, _)] = pooled_keys("HiLo", key, value, layout, self.window, None)
             keys, values = _replaced(key, layout, cells), _replaced(value, layout, cell_values)
-            bias = None if bias is None or visible is None else _replaced(bias, layout, visible)[:, None, None]
+            if bias is not None:
+                bias = _replaced(bias, layout, bias.new_zeros(cells.shape[:2]))[:, None, None]
             output = full(query[:, image], keys, values, bias, factor, backend=chosen)[0]
             return with_text_queries(output, query, key, value, layout, text_mask, factor, chosen)
 

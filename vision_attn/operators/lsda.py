@@ -10,20 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from vision_attn.kernels.reach import Box
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs
-from vision_attn.operators.cost import Cost, window_cost
-from vision_attn.operators.joint import joint_attention, joint_mask
 from vision_attn.operators.neighborhood import checked_size, clipped_box
 from vision_attn.operators.registry import register_operator
+from vision_attn.operators.window import WindowOperator
 
 
 @register_operator("lsda")
 @dataclass(frozen=True)
-class LSDA:
+class LSDA(WindowOperator):
     """CrossFormer's short (`interval=1`) or long (`interval > 1`) distance attention for whole sequences.
 
     It is `Neighborhood(group, stride=group, dilation=interval)`, clipped to the grid as there: a last group that is cut
@@ -48,32 +44,7 @@ class LSDA:
         for name in ("group", "interval"):
             object.__setattr__(self, name, checked_size("LSDA", name, getattr(self, name)))
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: TokenLayout,
-        scale: float | None = None,
-        *,
-        attn_mask: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
-        """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("LSDA", query, key, value, layout)
-        reach = self.reach(layout)
-        return joint_attention("LSDA", query, key, value, layout, reach, scale, attn_mask, backend=backend)[0]
-
     def reach(self, layout: TokenLayout) -> Box:
         """The group on this layout's grid."""
         group = "group", self.group
         return clipped_box("LSDA", layout.grid, group, group, ("interval", self.interval))
-
-    def mask(self, layout: TokenLayout) -> Tensor:
-        """Bool `[S, S]`: which token sees which."""
-        return joint_mask(self.reach(layout), layout)
-
-    def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
-        """Counted cost of one call, one batch item."""
-        return window_cost(self.reach(layout), layout, heads, head_dim)

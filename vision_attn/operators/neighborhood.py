@@ -23,14 +23,12 @@ from vision_attn.operators.arguments import (
     autocast,
     check_attention_inputs,
     check_extra,
-    check_joint_inputs,
     no_autocast,
     per_axis,
     resolve_scale,
 )
-from vision_attn.operators.cost import Cost, window_cost
-from vision_attn.operators.joint import joint_attention, joint_mask
 from vision_attn.operators.registry import register_operator
+from vision_attn.operators.window import WindowOperator
 
 PerAxis = int | Sequence[int]
 
@@ -222,7 +220,7 @@ def _does_not_fit(
 
 @register_operator("neighborhood")
 @dataclass(frozen=True)
-class Neighborhood:
+class Neighborhood(WindowOperator):
     """Generalized Neighborhood Attention as an operator for whole sequences.
 
     Grid tokens attend their window and all text tokens; text tokens attend everything. Per axis the kernel is clipped
@@ -248,35 +246,10 @@ class Neighborhood:
         for name in ("kernel_size", "stride", "dilation"):
             object.__setattr__(self, name, checked_size("Neighborhood", name, getattr(self, name)))
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: TokenLayout,
-        scale: float | None = None,
-        *,
-        attn_mask: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
-        """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("Neighborhood", query, key, value, layout)
-        reach = self.reach(layout)
-        return joint_attention("Neighborhood", query, key, value, layout, reach, scale, attn_mask, backend=backend)[0]
-
     def reach(self, layout: TokenLayout) -> Box:
         """The window on this layout's grid, clipped to it."""
         sizes = ((name, getattr(self, name)) for name in ("kernel_size", "stride", "dilation"))
         return clipped_box("Neighborhood", layout.grid, *sizes)
-
-    def mask(self, layout: TokenLayout) -> Tensor:
-        """Bool `[S, S]`: which token sees which."""
-        return joint_mask(self.reach(layout), layout)
-
-    def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
-        """Counted cost of one call, one batch item."""
-        return window_cost(self.reach(layout), layout, heads, head_dim)
 
 
 def checked_size(where: str, name: str, value: Any, least: int = 1) -> PerAxis:

@@ -59,6 +59,11 @@ def test_features():
 def test_classifier_channels_and_groups():
     model = tiny(in_chans=1, num_classes=0)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 32)
+    model.reset_classifier(0, "")
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 32, 2, 2)
+    with pytest.raises(ValueError, match="global_pool must be 'avg' with num_classes=5"):
+        model.reset_classifier(5)
+    model.reset_classifier(0, "avg")
     model.reset_classifier(5)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
     groups = timm.models.group_parameters(model, model.group_matcher())
@@ -76,6 +81,7 @@ def test_full_graph_compile():
     ("arguments", "message"),
     [
         ({"depths": (1, 1)}, r"depths must have 4 values, got \(1, 1\)"),
+        ({"global_pool": ""}, "global_pool must be 'avg' with num_classes=10, got ''"),
         ({"global_pool": "max"}, "global_pool must be 'avg' or '', got 'max'"),
         ({"agents": (9, 4, 4, 49)}, r"agents must be at most 4 for a map of \(2, 2\) tokens, got 49"),
     ],

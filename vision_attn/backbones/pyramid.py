@@ -18,7 +18,7 @@ class Pyramid(nn.Module):
     Args:
         dims: Channels per stage; the first map has a quarter of the image's rows and columns, each further one half.
         num_classes: Classes; 0 for none.
-        global_pool: `"avg"` or `""`.
+        global_pool: `"avg"`, or `""` for the map itself, without classes.
         drop_rate: Dropout before the classifier.
 
     Raises:
@@ -27,7 +27,8 @@ class Pyramid(nn.Module):
 
     def __init__(self, dims: Sequence[int], num_classes: int, global_pool: str, drop_rate: float) -> None:
         super().__init__()
-        self.num_classes, self.global_pool, self.grad_checkpointing = num_classes, self._checked(global_pool), False
+        self.grad_checkpointing = False
+        self.num_classes, self.global_pool = num_classes, self._checked(global_pool, num_classes)
         self.num_stages, self.num_features, self.head_hidden_size = len(dims), dims[-1], dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stage{index + 1}"} for index, dim in enumerate(dims)
@@ -62,8 +63,8 @@ class Pyramid(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Another classifier, freshly initialised."""
+        self.global_pool = self._checked(self.global_pool if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else self._checked(global_pool)
         self.head = _classifier(self.num_features, num_classes).to(next(self.parameters()))
         self.head.apply(initialise)
 
@@ -112,9 +113,14 @@ class Pyramid(nn.Module):
         """Images `[B, in_chans, rows, columns]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
 
-    def _checked(self, global_pool: str) -> str:
+    def _checked(self, global_pool: str, num_classes: int) -> str:
         if global_pool not in ("", "avg"):
             raise ValueError(f"{type(self).__name__}: global_pool must be 'avg' or '', got {global_pool!r}")
+        if num_classes > 0 and global_pool == "":
+            raise ValueError(
+                f"{type(self).__name__}: global_pool must be 'avg' with num_classes={num_classes}, got '': only "
+                "num_classes=0 leaves the map unpooled"
+            )
         return global_pool
 
 

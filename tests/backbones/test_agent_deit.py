@@ -61,7 +61,7 @@ def test_classifier_and_groups():
     model = tiny()
     model.reset_classifier(7)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
-    assert {"pos_embed", "cls_token"} <= model.no_weight_decay()
+    assert {"pos_embed", "cls_token", "blocks.0.attn.an_bias", "blocks.1.attn.ca_bias"} <= model.no_weight_decay()
     assert set(model.group_matcher()) == {"stem", "blocks"}
 
 
@@ -109,6 +109,7 @@ def test_full_graph_compile():
     ("arguments", "message"),
     [
         ({"agent_blocks": 5}, "agent_blocks must be 0 to 4, got 5"),
+        ({"patch_drop_rate": 0.25}, "patch_drop_rate must be left out"),
         ({"qk_norm": True}, "qk_norm must be left out"),
         ({"agents": 100}, r"agents must be at most 64 for a map of \(8, 8\) tokens, got 100"),
         ({"proj_bias": False}, "proj_bias=False must be left out"),

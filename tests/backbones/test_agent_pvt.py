@@ -31,6 +31,15 @@ def test_another_size_equals_resized_weights():
     torch.testing.assert_close(other(x), model(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(64, 128), (64, 96)])
+def test_weights_of_an_oblong_size_are_interpolated(size):
+    """Also to a map of as many tokens the other way round."""
+    model, other = tiny(img_size=size).eval(), tiny(img_size=size[::-1]).eval()
+    other.load_state_dict(checkpoint_filter_fn(model.state_dict(), other))
+    x = torch.randn(1, 3, *size[::-1])
+    torch.testing.assert_close(other(x), model(x), atol=1e-5, rtol=1e-4)
+
+
 def test_names_are_the_released_ones():
     names = set(tiny().state_dict())
     block = {"attn.q.weight", "attn.kv.bias", "attn.proj.weight", "attn.dwc.weight", "attn.an_bias", "attn.wa_bias"}
@@ -67,7 +76,22 @@ def test_classifier_channels_and_groups():
     model.reset_classifier(5)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
     groups = timm.models.group_parameters(model, model.group_matcher())
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    order = [name for _, names in sorted(groups.items()) for name in names]
+    assert len(order) == len(list(model.parameters()))
+    firsts = [
+        order.index(f"{name}.proj.weight" if "embed" in name else f"{name}.attn.q.weight")
+        for name in (
+            "patch_embed1",
+            "block1.0",
+            "patch_embed2",
+            "block2.0",
+            "block2.1",
+            "patch_embed3",
+            "block3.0",
+            "block4.0",
+        )
+    ]
+    assert firsts == sorted(firsts)
     assert {"pos_embed1", "block1.0.attn.an_bias"} <= model.no_weight_decay()
 
 

@@ -93,6 +93,7 @@ def test_features_classifier_and_groups():
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 128)
     model.reset_classifier(5)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+    assert "levels.1.blocks.1.attn.rpb" in model.no_weight_decay()
     groups = timm.models.group_parameters(model, model.group_matcher())
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
 

@@ -141,6 +141,17 @@ def test_training_with_checkpointing_gives_the_same_gradients():
             torch.testing.assert_close(a, b)
 
 
+def test_grids_of_the_same_length_are_not_confused_in_checkpoints():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, dynamic_img_size=True, num_classes=5)
+    model.set_grad_checkpointing()
+    with va.patch(model, va.Neighborhood(3)):
+        loss = model(torch.randn(1, 3, 64, 64)).sum() + model(torch.randn(1, 3, 32, 128)).sum()
+        with pytest.raises(va.PatchError, match="call backward before the next forward"):
+            loss.backward()
+        model(torch.randn(1, 3, 64, 64)).sum().backward()
+        model(torch.randn(1, 3, 32, 128)).sum().backward()
+
+
 @torch.no_grad()
 def test_copies_are_patched_and_pickles_are_stock():
     model, x = make("class token")

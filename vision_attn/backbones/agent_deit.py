@@ -14,7 +14,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as _resize_posit
 from torch import Tensor
 
 from vision_attn.backbones.agent_attention import AgentAttention
-from vision_attn.backbones.agent_weights import default_cfg, resize_biases
+from vision_attn.backbones.agent_weights import default_cfg, position_biases, resize_biases
 
 
 class AgentVisionTransformer(VisionTransformer):
@@ -23,24 +23,31 @@ class AgentVisionTransformer(VisionTransformer):
     Args:
         agents: Agents per block, a square number.
         agent_blocks: Number of blocks, from the first, with agent attention; None for all.
-        arguments: Those of timm's `VisionTransformer`; `qk_norm`, `scale_attn_norm` and `proj_bias=False` are not
-            among the released models and are refused.
+        arguments: Those of timm's `VisionTransformer`; `qk_norm`, `scale_attn_norm`, `proj_bias=False` and
+            `patch_drop_rate` have no meaning for agents on a map and are refused. With `dynamic_img_size` and gradient
+            checkpointing, call backward before a forward of another size.
 
     Raises:
         ValueError: a number that does not fit the others.
     """
 
     def __init__(self, *, agents: int = 49, agent_blocks: int | None = None, **arguments: Any) -> None:
-        refused = [name for name in ("qk_norm", "scale_attn_norm") if arguments.get(name)]
+        refused = [name for name in ("qk_norm", "scale_attn_norm", "patch_drop_rate") if arguments.get(name)]
         refused += [] if arguments.get("proj_bias", True) else ["proj_bias=False"]
         if refused:
-            raise ValueError(f"AgentVisionTransformer: {refused[0]} must be left out, agent attention has none")
+            raise ValueError(
+                f"AgentVisionTransformer: {refused[0]} must be left out, agent attention of a map has none"
+            )
         super().__init__(**arguments)
         count = len(self.blocks) if agent_blocks is None else agent_blocks
         if not 0 <= count <= len(self.blocks):
             raise ValueError(f"AgentVisionTransformer: agent_blocks must be 0 to {len(self.blocks)}, got {count}")
         for block in self.blocks[:count]:
             block.attn = _replacement(block.attn, agents, self.patch_embed.grid_size, self.num_prefix_tokens)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay: timm's, and position biases."""
+        return set(super().no_weight_decay()) | position_biases(self)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """As timm's; the position biases of the agents are interpolated."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision_attn.backbones.agent_attention import Grid, ReducedAgentAttention
-from vision_attn.backbones.agent_weights import default_cfg, resize_biases
+from vision_attn.backbones.agent_weights import default_cfg, position_biases, resize_biases
 from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise
 
 STAGES = 4
@@ -130,14 +130,13 @@ class AgentPyramidVisionTransformer(Pyramid):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: positions."""
-        biases = [name for name, _ in self.named_parameters() if name.endswith(_POSITIONS)]
-        return {*biases, *(f"pos_embed{index + 1}" for index in range(STAGES))}
+        return position_biases(self) | {f"pos_embed{index + 1}" for index in range(STAGES)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters from the image to the classifier."""
-        stages = [(rf"^(?:patch_embed|pos_embed|block){i + 1}", (i,)) for i in range(STAGES)]
-        blocks = [(rf"^block{i + 1}\.(\d+)", None) for i in range(STAGES)]
-        return {"stem": r"^(?:patch_embed1|pos_embed1)", "blocks": stages if coarse else [*blocks, *stages[1:]]}
+        stages = [(r"^(?:patch_embed|pos_embed|block)(\d)", None)]
+        blocks = [(r"^block(\d)\.(\d+)", None), (r"^(?:patch_embed|pos_embed)(\d)", (-1,))]
+        return {"stem": r"^(?:patch_embed1|pos_embed1)", "blocks": stages if coarse else blocks}
 
     def stage(self, index: int, x: Tensor) -> Tensor:
         """One stage, `[B, channels, Y, X]` to the same kind of map."""
@@ -158,9 +157,6 @@ class AgentPyramidVisionTransformer(Pyramid):
         return positions if grid == self.grids[index] else _resize_positions(positions, self.grids[index], grid)
 
 
-_POSITIONS = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
-
-
 def _grids(img_size: int | Grid) -> list[Grid]:
     rows, columns = to_2tuple(img_size)
     return [(rows // side, columns // side) for side in (4, 8, 16, 32)]
@@ -173,14 +169,14 @@ def _resize_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: AgentPyramidVisionTransformer) -> dict[str, Tensor]:
-    """The released state dict for a model, positions of another image size interpolated; such images are square."""
+    """The released state dict for a model, positions of another image size interpolated."""
     weights: Mapping[str, Tensor] = state_dict.get("model", state_dict)
     resized = resize_biases(weights, model)
     for index, grid in enumerate(model.grids):
-        name = f"pos_embed{index + 1}"
-        if name in resized and resized[name].shape[1] != grid[0] * grid[1]:
-            side = round(resized[name].shape[1] ** 0.5)
-            resized[name] = _resize_positions(resized[name], (side, side), grid)
+        name, biases = f"pos_embed{index + 1}", f"block{index + 1}.0.attn"
+        if name in weights and f"{biases}.ha_bias" in weights:  # the biases of rows and columns tell the map's shape
+            made_for = weights[f"{biases}.ha_bias"].shape[2], weights[f"{biases}.wa_bias"].shape[3]
+            resized[name] = weights[name] if made_for == grid else _resize_positions(weights[name], made_for, grid)
     return resized
 
 

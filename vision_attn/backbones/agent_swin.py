@@ -14,7 +14,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as _to_timm
 from torch import Tensor
 
 from vision_attn.backbones.agent_attention import WindowAgentAttention
-from vision_attn.backbones.agent_weights import default_cfg, resize_biases
+from vision_attn.backbones.agent_weights import default_cfg, position_biases, resize_biases
 
 
 class AgentSwinTransformer(SwinTransformer):
@@ -50,6 +50,10 @@ class AgentSwinTransformer(SwinTransformer):
             for block in stage.blocks[:count]:
                 block.attn = _replacement(block.attn, block.input_resolution, number)
         self._use_whole_maps()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay: timm's, and position biases."""
+        return set(super().no_weight_decay()) | position_biases(self)
 
     def set_input_size(self, *arguments: Any, **keywords: Any) -> None:
         """As timm's; agents go on to see whole maps, with interpolated position biases."""

@@ -34,6 +34,12 @@ def default_cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
+def position_biases(model: nn.Module) -> set[str]:
+    """Names of the position biases of agent attention, which take no weight decay."""
+    endings = (*_AXES, "an_bias", "na_bias", "ac_bias", "ca_bias")
+    return {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in endings}
+
+
 def resize_biases(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The state dict with the position biases of rows and columns interpolated to the model's maps."""
     own = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -240,9 +240,9 @@ class NeighborhoodTransformer(Pyramid):
             self._level(-1).downsample = None
             self.norm = nn.Identity()
 
-    def no_weight_decay_keywords(self) -> set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: position biases."""
-        return {"rpb"}
+        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters from the image to the classifier."""

@@ -86,7 +86,11 @@ class ScopeHook(Hook):
         layout = self.layout(module, bind(self.names, self.defaults, args, kwargs))
         # diffusers checkpoints whenever gradients are on, in eval mode too.
         checkpoints = not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_backward()
-        self.cell.begin(layout, checkpoints and getattr(module, "gradient_checkpointing", False))
+        self.cell.begin(layout, checkpoints and self.checkpointing(module))
+
+    def checkpointing(self, module: nn.Module) -> bool:
+        """Whether the model runs its blocks again in the backward pass."""
+        return bool(getattr(module, "gradient_checkpointing", False))
 
     def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
         """Write the layout inside a graph: possible where it comes from shapes."""

@@ -82,10 +82,14 @@ class Installation:
         """Register the hooks: one on the model, one on each scope."""
         self._register(self.hooked, BeforeForward(self.hooked, self), before=True)
         for module, layout, cell in scopes:
-            self._register(module, ScopeHook(module, layout, cell), before=True)
+            self._register(module, self.scope_hook(module, layout, cell), before=True)
             self._cells.append(cell)
         self._register(self.hooked, AfterForward(self), before=False)
         self._register(self.hooked, CloseForward(self), before=False)
+
+    def scope_hook(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> ScopeHook:
+        """The hook of a scope."""
+        return ScopeHook(module, layout, cell)
 
     def enter(self) -> None:
         """Open a forward.

@@ -20,6 +20,7 @@ from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.diffusers import Plan, call_module
+from vision_attn.patching.hooks import LayoutFunction, ScopeHook
 from vision_attn.patching.installation import Entry, Installation
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.parameters import initial_parameters
@@ -149,6 +150,12 @@ class TimmInstallation(Installation):
         module.__class__ = route.routed(type(module))
         self.entries.append(Entry(module, layer, module))
 
+    def scope_hook(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> ScopeHook:
+        """The hook of the patch embedding."""
+        hook = GridHook(module, layout, cell)
+        hook.backbone = _backbone(self.model)
+        return hook
+
     def check(self) -> None:
         """Nothing replaces a module's class but ourselves."""
 
@@ -163,6 +170,16 @@ class TimmInstallation(Installation):
                 entry.module.__class__ = _stock_class(entry.module)
                 del entry.module.__dict__[_LAYER]
         self.unwatch()
+
+
+class GridHook(ScopeHook):
+    """The hook of a patch embedding; whether blocks run again in the backward pass is known to the model."""
+
+    backbone: Any
+
+    def checkpointing(self, module: nn.Module) -> bool:
+        """Whether the model runs its blocks again in the backward pass."""
+        return bool(getattr(self.backbone, "grad_checkpointing", False))
 
 
 _LAYER = "_vision_attn_layer"

@@ -11,6 +11,7 @@ from vision_attn.layout import TokenLayout
 from vision_attn.operators import (
     LSDA,
     Agent,
+    AgentSD,
     BiLevelRouting,
     Clear,
     Cost,
@@ -40,6 +41,7 @@ _SUBMODULES = ("simulator",)
 __all__ = [
     "LSDA",
     "Agent",
+    "AgentSD",
     "BiLevelRouting",
     "Clear",
     "Cost",

@@ -73,7 +73,7 @@ def test_parse_reads_what_a_user_types(text, operator):
         (
             "cleer(radius=8)",
             ValueError,
-            "parse: text must name one of agent, bilevel_routing, clear, dense, halo, .*, neighborhood, got 'cleer",
+            "parse: text must name one of agent, agent_sd, bilevel_routing, clear, dense, halo, .*, neighborhood, got 'cleer",
         ),
         (
             "clear(raduis=8)",

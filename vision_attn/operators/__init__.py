@@ -1,6 +1,7 @@
 """Attention operators: functions on tensors, and the same as objects configured once."""
 
 from vision_attn.operators.agent import Agent, agent_attention
+from vision_attn.operators.agent_sd import AgentSD
 from vision_attn.operators.bilevel_routing import BiLevelRouting
 from vision_attn.operators.block_sparse import block_sparse_attention
 from vision_attn.operators.clear import Clear, clear_attention, proportional_scale
@@ -16,6 +17,7 @@ from vision_attn.operators.registry import operators, parse, register_operator
 __all__ = [
     "LSDA",
     "Agent",
+    "AgentSD",
     "BiLevelRouting",
     "Clear",
     "Cost",

@@ -135,9 +135,12 @@ class Agent:
 
     Args:
         agents: Their number per frame, a square; or rows and columns of the raster. On a 1-D grid their number.
+        k_scale2: Exponent of the queries' scale, `scale ** k_scale2`.
+        k_shortcut: Factor on the values that are added to the output of image queries. Stable Diffusion bears agents
+            untrained with `Agent(256, k_scale2=0.3, k_shortcut=0.075)`; `AgentSD` finds better ones.
 
     Raises:
-        ValueError, TypeError: not a square, a value below 1.
+        ValueError, TypeError: not a square, a value below 1; at the call, a negative scale with such an exponent.
         UnsupportedError: at the call, more rows or columns of agents than of tokens, or a mask that differs between
             image queries or heads.
 
@@ -145,6 +148,8 @@ class Agent:
     """
 
     agents: int | tuple[int, int] = 49
+    k_scale2: float = 1.0
+    k_shortcut: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = self.agents if isinstance(self.agents, (list, tuple)) else (self.agents,)
@@ -152,6 +157,8 @@ class Agent:
             raise TypeError(f"Agent: agents must be an integer or (rows, columns), got {self.agents!r}")
         if len(sizes) not in (1, 2) or any(size < 1 for size in sizes):
             raise ValueError(f"Agent: agents must be at least 1, or (rows, columns) of at least 1, got {self.agents!r}")
+        for name in ("k_scale2", "k_shortcut"):
+            resolve_scale("Agent", getattr(self, name), 1, name)
         if isinstance(self.agents, (list, tuple)):
             object.__setattr__(self, "agents", tuple(sizes) if len(sizes) == 2 else sizes[0])
 
@@ -170,12 +177,13 @@ class Agent:
         query, key, value = autocast(query, key, value)
         check_joint_inputs("Agent", query, key, value, layout)
         factor, chosen = resolve_scale("Agent", scale, query.shape[-1]), resolve(backend, "Agent", query, value)
-        image = layout.image_slice
+        image, query_factor = layout.image_slice, second_scale("Agent", factor, self.k_scale2)
         with no_autocast(query):
             bias, text_mask = split_mask("Agent", attn_mask, query, layout)
             agent_bias = None if bias is None else bias[:, None, None]
             agents = _pooled(query[:, image], layout.grid, self._raster(layout.grid))
-            output = agent(query[:, image], key, value, agents, agent_bias, None, factor, factor, backend=chosen)
+            output = agent(query[:, image], key, value, agents, agent_bias, None, factor, query_factor, backend=chosen)
+            output = add_shortcut(output, value[:, image], self.k_shortcut)
             return with_text_queries(output, query, key, value, layout, text_mask, factor, chosen)
 
     def cost(self, layout: TokenLayout, heads: int, head_dim: int) -> Cost:
@@ -204,6 +212,22 @@ class Agent:
                 f"Agent: agents must be at most {(rows, columns)} for the grid {grid}, got {raster}: use fewer agents"
             )
         return raster
+
+
+def second_scale(where: str, scale: float, exponent: float) -> float:
+    """The queries' factor `scale ** exponent` of agents that are not trained."""
+    if exponent == 1:
+        return scale
+    if scale < 0 or (scale == 0 and exponent < 0):
+        raise ValueError(f"{where}: scale must be above 0 with k_scale2={exponent}, got {scale}")
+    return float(scale**exponent)
+
+
+def add_shortcut(output: Tensor, value: Tensor, factor: float) -> Tensor:
+    """The output `[B, S, H, Dv]` with so much of the values `[B, S, Hkv, Dv]` of the same tokens."""
+    if factor == 0:
+        return output
+    return output + factor * value.repeat_interleave(output.shape[2] // value.shape[2], 2)
 
 
 def _pooled(query: Tensor, grid: tuple[int, ...], raster: tuple[int, int]) -> Tensor:

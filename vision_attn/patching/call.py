@@ -22,6 +22,7 @@ import torch
 from vision_attn.errors import PatchError, UnsupportedError
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import CLOSED, in_backward
+from vision_attn.patching.stages import Stages
 
 
 class Attention(NamedTuple):
@@ -68,6 +69,8 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
             f"patch: context parallelism must be off for a patched layer, got parallel_config on {layer.name!r}: "
             "remove the patch, or run without enable_parallelism()"
         )
+    if isinstance(operator, Stages):
+        operator = operator.operators[layer.switch.stage]
     recomputes = in_backward()
     if recomputes:
         _check_recomputation(layer)
@@ -193,7 +196,7 @@ def _operate(operator: Any, layer: Any, layout: TokenLayout, call: Attention) ->
     """Call the operator on tensors that all have the layout's tokens and the query's heads."""
     query, key, value, attn_mask = call.query, call.key, call.value, call.attn_mask
     image_queries = query.shape[1] != layout.tokens
-    options: dict[str, Any] = dict(layer.learned(query))
+    options: dict[str, Any] = layer.options(operator, query)
     if attn_mask is not None:
         attn_mask = _honourable_mask(operator, attn_mask)
     if attn_mask is not None:

@@ -68,9 +68,11 @@ class Switch:
     Attributes:
         active: False in a denoising step that is not one of `steps`.
         reason: Why not; empty when active.
+        stage: Which of the operators is due that take turns over the steps (`Stages`).
         open: Whether a forward of the model is running. A call outside of one has no layout that could be trusted.
     """
 
     active: bool = True
     reason: str = ""
+    stage: int = 0
     open: bool = False

@@ -18,6 +18,7 @@ from vision_attn.patching.hooks import LayoutFunction, forward_arguments
 from vision_attn.patching.installation import Installation
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.layouts import FAMILIES, REFUSED, Family, family_of
+from vision_attn.patching.layouts.unet import relative_sizes
 from vision_attn.patching.parameters import initial_parameters
 from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Processor, Route, attention_calls, is_routed, stock_of
@@ -115,6 +116,7 @@ class Plan:
     routed: list[tuple[nn.Module, Layer]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     scopes: list[tuple[nn.Module, LayoutFunction, Cell]] = field(default_factory=list)
+    blocks: list[tuple[nn.Module, Layer]] = field(default_factory=list)
 
     def install(self) -> Installation:
         """Put the routed processors in and register the hooks.
@@ -125,7 +127,7 @@ class Plan:
             self.installation.add(module, layer)
         self.installation.skipped = self.skipped
         if self.routed or self.installation.tracker is not None:
-            self.installation.watch(self.scopes)
+            self.installation.watch(self.scopes, self.blocks)
         return self.installation
 
 
@@ -154,11 +156,14 @@ def plan(
     cells = _Cells(target, model, family, layout, given)
     result = Plan(Installation(model, target, Switch(), strict, tracker))
     routes: list[Route] = []
+    sizes = relative_sizes(model, [name for name, _ in attention_modules(model)])
     for name, module in attention_modules(model):
         shown, processor = prefix + name, module.processor
         rule = next((rule for rule in rules if rule.serves(prefix, name)), None)
         cell = cells.of(name)
         reason = "not selected by layers" if rule is None else _skip_reason(model, family, name, processor, cell)
+        if rule is not None and not reason:
+            reason = _coarse(rule.operator, sizes[name])
         if rule is None or cell is None or reason:
             result.skipped.append(Skipped(shown, reason))
             continue
@@ -175,6 +180,9 @@ def plan(
             trainable=trainable,
         )
         result.routed.append((module, layer))
+        block = _block(model, name)
+        if block is not None and getattr(rule.operator, "wants_block_input", False):
+            result.blocks.append((block, layer))
     result.scopes = cells.used()
     return result
 
@@ -245,6 +253,18 @@ def _skip_reason(model: nn.Module, family: Family | None, name: str, processor: 
     if cell is None:
         return "outside of the blocks that tell a token grid"
     return ""
+
+
+def _coarse(operator: Any, size: int) -> str:
+    """Why an operator leaves out the maps of a level, which have one token for `size` squared of the finest."""
+    limit = getattr(operator, "max_downsample", None)
+    return "" if limit is None or size <= limit else f"its maps are {size} times coarser, max_downsample is {limit}"
+
+
+def _block(model: nn.Module, name: str) -> nn.Module | None:
+    """The transformer block around an attention module, if it is of diffusers' common class."""
+    around = call_module(model.get_submodule(name.rpartition(".")[0]))
+    return around if any(cls.__name__ == "BasicTransformerBlock" for cls in type(around).__mro__) else None
 
 
 def _route(routes: list[Route], operator: Any) -> Route:

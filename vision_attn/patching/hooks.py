@@ -17,6 +17,7 @@ from vision_attn.patching.cell import Cell, in_backward
 
 if TYPE_CHECKING:
     from vision_attn.patching.installation import Installation
+    from vision_attn.patching.layer import Layer
 
 LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
 
@@ -94,6 +95,28 @@ class ScopeHook(Hook):
 
     def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
         """Write the layout inside a graph: possible where it comes from shapes."""
+        self.run(module, args, last)
+
+
+class BlockInputHook(Hook):
+    """Forward pre-hook on a transformer block that keeps its input for an operator of its attention.
+
+    Args:
+        block: The block, for the names of its forward arguments.
+        layer: The patched attention in it.
+    """
+
+    def __init__(self, block: nn.Module, layer: Layer) -> None:
+        self.layer = layer
+        self.names, self.defaults = forward_arguments(block)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the input, `[B, S, C]`, until the attention takes it."""
+        if self.layer.switch.active:
+            self.layer.block_input = bind(self.names, self.defaults, args, kwargs)["hidden_states"]
+
+    def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+        """Keep it inside a graph."""
         self.run(module, args, last)
 
 

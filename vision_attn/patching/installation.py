@@ -12,10 +12,19 @@ from torch import nn
 
 from vision_attn.errors import PatchError
 from vision_attn.patching.cell import Cell, Switch
-from vision_attn.patching.hooks import AfterForward, BeforeForward, CloseForward, Hook, LayoutFunction, ScopeHook
+from vision_attn.patching.hooks import (
+    AfterForward,
+    BeforeForward,
+    BlockInputHook,
+    CloseForward,
+    Hook,
+    LayoutFunction,
+    ScopeHook,
+)
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Processor, attention_calls, is_routed, stock_class, stock_of
+from vision_attn.patching.stages import Stages
 from vision_attn.patching.steps import StepTracker
 
 
@@ -78,12 +87,18 @@ class Installation:
         place(module, twin)
         self.entries.append(Entry(module, layer, twin))
 
-    def watch(self, scopes: Sequence[tuple[nn.Module, LayoutFunction, Cell]]) -> None:
-        """Register the hooks: one on the model, one on each scope."""
+    def watch(
+        self,
+        scopes: Sequence[tuple[nn.Module, LayoutFunction, Cell]],
+        blocks: Sequence[tuple[nn.Module, Layer]] = (),
+    ) -> None:
+        """Register the hooks: one on the model, one on each scope, one on each block whose input a layer wants."""
         self._register(self.hooked, BeforeForward(self.hooked, self), before=True)
         for module, layout, cell in scopes:
             self._register(module, self.scope_hook(module, layout, cell), before=True)
             self._cells.append(cell)
+        for block, layer in blocks:
+            self._register(block, BlockInputHook(block, layer), before=True)
         self._register(self.hooked, AfterForward(self), before=False)
         self._register(self.hooked, CloseForward(self), before=False)
 
@@ -115,6 +130,8 @@ class Installation:
         self.switch.open = False
         for cell in self._cells:
             cell.end()
+        for layer in self.layers:
+            layer.block_input = None
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """Start a forward: forget the calls of the last one, or of the last run when steps are followed."""
@@ -123,6 +140,8 @@ class Installation:
             self.tracker.advance(arguments)
             fresh, self._run = not self.current, self.tracker.run
             self.switch.active = self.tracker.active
+            if isinstance(self.tracker.steps, Stages):
+                self.switch.stage = self.tracker.steps.index(self.tracker.step)
             self.switch.reason = "" if self.switch.active else f"denoising step {self.tracker.step} is not in steps"
         for layer in self.layers:
             layer.served, layer.unmatched = False, ""

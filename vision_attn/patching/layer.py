@@ -32,6 +32,7 @@ class Layer:
         initial: Learned operator parameters of this layer, as they were made.
         trainable: Whether they are registered in the model, by the processor.
         calls: The calls since the forward (with `steps=`: the run) began.
+        block_input: What entered the transformer block around the layer, for an operator that wants it.
         served: Whether the operator has taken a call in this forward.
         unmatched: Why the layout did not describe a self-attention call of this forward; empty when it did.
         installed: False after removal: the routed processor then behaves as the stock one.
@@ -48,6 +49,7 @@ class Layer:
     initial: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: bool = False
     calls: list[Call] = field(default_factory=list)
+    block_input: torch.Tensor | None = None
     served: bool = False
     unmatched: str = ""
     installed: bool = True
@@ -90,6 +92,13 @@ class Layer:
     def learned(self, query: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """The learned parameters, on the device of the call."""
         return {name: parameter.to(query.device) for name, parameter in self.parameters.items()}
+
+    def options(self, operator: Any, query: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """What an operator is called with beyond the tensors: learned parameters, and the input of the block."""
+        options: dict[str, torch.Tensor | None] = dict(self.learned(query))
+        if getattr(operator, "wants_block_input", False):
+            options["block_input"], self.block_input = self.block_input, None
+        return options
 
     def note(self, kind: str, reason: str, layout: TokenLayout | None) -> None:
         """List a call. Compiled graphs keep no list: a Python side effect per layer would cost a graph per layer."""

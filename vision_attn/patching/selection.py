@@ -50,7 +50,20 @@ def make_rules(op: Any, layers: Any) -> list[Rule]:
         raise ValueError(
             "patch: op must be an operator such as va.Clear(radius=8), got None: only layers={glob: op} replaces it"
         )
-    check_operator(op)
+    return rules_for(check_operator(op), layers)
+
+
+def rules_for(op: Any, layers: Any) -> list[Rule]:
+    """Rules for one operator.
+
+    Args:
+        op: What the rules hold.
+        layers: `None`, a glob, a collection of globs, a predicate on module names.
+
+    Raises:
+        TypeError: `layers` is none of these.
+        ValueError: Empty `layers`.
+    """
     if layers is None:
         return [Rule(lambda name: True, op)]
     if isinstance(layers, str):

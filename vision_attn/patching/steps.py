@@ -5,11 +5,18 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from vision_attn.errors import PatchError
+
+
+class Steps(Protocol):
+    """What holds step numbers: a range, a frozenset, or `Stages`."""
+
+    def __contains__(self, step: int, /) -> bool: ...
+
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
@@ -52,7 +59,7 @@ class StepTracker:
     one of the run or to one that it never had.
 
     Args:
-        steps: The steps in which operators are active.
+        steps: The steps in which operators are active: what holds their numbers.
         pipeline: The pipeline whose scheduler tells the runs; held weakly.
         direction: Where timesteps go in a run without scheduler: -1 falling, 1 rising, 0 to learn it from the first
             change, which is wrong after a run of one step at the clean end.
@@ -62,7 +69,7 @@ class StepTracker:
         run: How many runs have begun.
     """
 
-    def __init__(self, steps: range | frozenset[int], pipeline: Any = None, direction: int = 0) -> None:
+    def __init__(self, steps: Steps, pipeline: Any = None, direction: int = 0) -> None:
         self.steps = steps
         self.step = -1
         self.run = 0

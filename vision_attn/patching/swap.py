@@ -24,7 +24,8 @@ from vision_attn.patching.grids import check_grid
 from vision_attn.patching.installation import Installation, installations
 from vision_attn.patching.ltx2_decoder import OwnWindow, check_arguments, is_decoder, plan_decoder
 from vision_attn.patching.report import Call, Routed, Skipped, table
-from vision_attn.patching.selection import make_rules, require_matches
+from vision_attn.patching.selection import make_rules, require_matches, rules_for
+from vision_attn.patching.stages import check_stages
 from vision_attn.patching.steps import StepTracker, check_steps
 from vision_attn.patching.timm import check_timm_arguments, is_timm, plan_timm, timm_attention
 
@@ -178,9 +179,10 @@ def patch(
             made of neighborhood attention: left out for it, each layer keeps its own window, in linear memory.
         layers: `None` for every self- and joint attention, a glob or list of globs on module names, a predicate on
             names, or `{glob: operator}`, of which the first match counts.
-        steps: Range or set of denoising steps (the first is 0) in which the operator is active; dense otherwise. A
-            model without its pipeline is followed by its timesteps alone, and a run begins when they turn back from
-            clean to noisy: runs that begin less noisy than the last one ended cannot be told from its next step.
+        steps: Range or set of denoising steps (the first is 0) in which the operator is active; dense otherwise. In a
+            dict `{range(20): operator, range(20, 50): other}` operators take turns; `op` is then left out. A model
+            without its pipeline is followed by its timesteps alone, and a run begins when they turn back from clean to
+            noisy: runs that begin less noisy than the last one ended cannot be told from its next step.
         grid: Token grid `(Y, X)` or `(T, Y, X)` for a model whose layout is not known or cannot be read in a compiled
             graph; an error where the model says another. The image tokens are taken to be the last of the sequence; a
             `TokenLayout` says otherwise.
@@ -196,7 +198,7 @@ def patch(
 
     Raises:
         PatchError: Nothing to route, an unknown or refused model, a layer that is patched already, context parallelism.
-        TypeError, ValueError: An argument that is none of the above.
+        TypeError, ValueError: An argument that is none of the above; operators with learned parameters by steps.
 
     Example:
         >>> import diffusers, torch, vision_attn as va
@@ -206,16 +208,18 @@ def patch(
         ['transformer_blocks.0.attn1']
     """
     if is_timm(target):
-        rules = make_rules(op, layers)
         check_timm_arguments(target, grid=grid, steps=steps, trainable=trainable)
+        rules = make_rules(op, layers)
         require_matches(rules, [("", name) for name, _ in timm_attention(target)])
         return _installed([plan_timm(target, rules, strict)], [])
     models = denoisers(target)
+    stages = check_stages(op, layers, steps) if isinstance(steps, Mapping) else None
+    op = op if stages is None else stages
     if op is None and not isinstance(layers, Mapping) and all(is_decoder(model) for _, model in models):
         op = OwnWindow()
-    rules = make_rules(op, layers)
+    rules = make_rules(op, layers) if stages is None else rules_for(stages, layers)
     given = None if grid is None else check_grid(grid)
-    numbers = None if steps is None else check_steps(steps)
+    numbers = stages if stages is not None or steps is None else check_steps(steps)
     require_matches(
         rules, [(prefix, name) for prefix, model in models for name, _ in attention_modules(call_module(model))]
     )

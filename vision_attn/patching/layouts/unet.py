@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vision_attn.layout import TokenLayout
@@ -51,6 +51,26 @@ def _uvit(model: Any, call: Mapping[str, Any]) -> TokenLayout:
     rows, columns = call["input_ids"].shape[1:]
     factor = 2 if model.config.downsample else 1
     return TokenLayout((rows // factor, columns // factor))
+
+
+def relative_sizes(model: Any, names: Sequence[str]) -> dict[str, int]:
+    """How many times coarser the map of each layer is than the finest of them, on each axis; 1 where nothing tells."""
+    sizes = {name: _downsampling(model, name) for name in names}
+    finest = min(sizes.values(), default=1)
+    return {name: size // finest for name, size in sizes.items()}
+
+
+def _downsampling(model: Any, name: str) -> int:
+    """How often the sample is halved on the way to a layer, as a factor."""
+    stage, _, rest = name.partition(".")
+    down = [bool(getattr(block, "downsamplers", None)) for block in getattr(model, "down_blocks", ())]
+    up = [bool(getattr(block, "upsamplers", None)) for block in getattr(model, "up_blocks", ())]
+    number = rest.partition(".")[0]
+    if stage == "down_blocks" and number.isdigit():
+        return 2 ** sum(down[: int(number)])
+    if stage == "up_blocks" and number.isdigit():
+        return 2 ** max(0, sum(down) - sum(up[: int(number)]))
+    return 2 ** sum(down) if stage == "mid_block" else 1
 
 
 _SKIP = (

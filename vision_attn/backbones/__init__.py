@@ -9,10 +9,10 @@ Example:
 from __future__ import annotations
 
 try:
-    import timm  # noqa: F401 - a clear message before the modules below fail on it
+    from timm import create_model  # a clear message before the modules below fail on it
 except ImportError as error:
     raise ImportError('vision_attn.backbones: timm is missing: pip install "vision-attn[timm]"') from error
 
-from vision_attn.backbones import agent_deit, agent_pvt, agent_swin, nat
+from vision_attn.backbones import agent_cswin, agent_deit, agent_pvt, agent_swin, crossformer, nat
 
-__all__ = ["agent_deit", "agent_pvt", "agent_swin", "nat"]
+__all__ = ["agent_cswin", "agent_deit", "agent_pvt", "agent_swin", "create_model", "crossformer", "nat"]

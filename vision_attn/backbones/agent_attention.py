@@ -57,13 +57,16 @@ class AgentModule(nn.Module):
         self.num_heads, self.num_prefix_tokens, self.side = num_heads, num_prefix_tokens, math.isqrt(max(agents, 0))
         if agents < 1 or self.side**2 != agents:
             raise ValueError(f"{where}: agents must be a square number of at least 1, got {agents}")
-        if self.side > min(grid):
-            raise ValueError(
-                f"{where}: agents must be at most {min(grid) ** 2} for a map of {grid} tokens, got {agents}: "
-                "use fewer agents or larger images"
-            )
+        self._check_agents(grid)
         self.attn_drop = nn.Dropout(attn_drop)
         self._make_biases(num_heads, agents, grid, key_grid or grid)
+
+    def _check_agents(self, grid: Grid) -> None:
+        if self.side > min(grid):
+            raise ValueError(
+                f"{type(self).__name__}: agents must be at most {min(grid) ** 2} for a map of {grid} tokens, got "
+                f"{self.side**2}: use fewer agents or larger images"
+            )
 
     def _make_biases(self, heads: int, agents: int, grid: Grid, key_grid: Grid) -> None:
         shapes = {
@@ -106,14 +109,14 @@ class AgentModule(nn.Module):
         """
         key_grid, prefix = key_grid or grid, self.num_prefix_tokens
         self._check_tokens(query, grid)
-        agents = adaptive_avg_pool2d(_to_map(query[:, prefix:], grid), self.side).flatten(2).transpose(1, 2)
+        agents = adaptive_avg_pool2d(to_map(query[:, prefix:], grid), self.side).flatten(2).transpose(1, 2)
         q, k, v, a = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value, agents))
         biases = self.agent_bias(key_grid), self.query_bias(grid)
         if self.training and self.attn_drop.p > 0:
             output = self._with_dropout(q, k, v, a, *biases)
         else:
             output = agent_attention(q, k, v, a, agent_bias=biases[0], query_bias=biases[1])
-        values = _to_map(value[:, prefix:], key_grid)
+        values = to_map(value[:, prefix:], key_grid)
         if key_grid != grid:
             values = interpolate(values, size=grid, mode="bilinear", align_corners=False)
         local = self.dwc(values).flatten(2).transpose(1, 2)
@@ -170,7 +173,7 @@ class AgentAttention(AgentModule):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.dwc = _depthwise(dim)
+        self.dwc = depthwise(dim)
 
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
         """`[B, prefix + Y * X, C]` to the same.
@@ -213,7 +216,7 @@ class WindowAgentAttention(AgentModule):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.dwc = _depthwise(dim)
+        self.dwc = depthwise(dim)
 
     def set_window_size(self, window_size: Grid) -> None:
         """Use windows of another size: the biases are interpolated."""
@@ -262,7 +265,7 @@ class ReducedAgentAttention(AgentModule):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.dwc = _depthwise(dim)
+        self.dwc = depthwise(dim)
         if sr_ratio > 1:
             self.sr: nn.Conv2d | None = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio)
             self.norm = nn.LayerNorm(dim)
@@ -273,7 +276,7 @@ class ReducedAgentAttention(AgentModule):
         """`[B, Y * X, C]` of a map of this grid to the same."""
         source, key_grid = x, grid
         if self.sr is not None:
-            reduced = self.sr(_to_map(x, grid))
+            reduced = self.sr(to_map(x, grid))
             key_grid = reduced.shape[2], reduced.shape[3]
             source = self.norm(reduced.flatten(2).transpose(1, 2))
         key, value = self.kv(source).chunk(2, -1)
@@ -301,32 +304,57 @@ class StripeAgentAttention(AgentModule):
         self, dim: int, grid: Grid, stripe: Grid, num_heads: int, *, agents: int = 49, attn_drop: float = 0.0
     ) -> None:
         super().__init__(dim, num_heads, agents, stripe, attn_drop=attn_drop)
-        if grid[0] % stripe[0] or grid[1] % stripe[1]:
-            raise ValueError(f"StripeAgentAttention: stripe must divide grid={grid}, got {stripe}")
-        self.grid, self.stripe = grid, stripe
-        self.get_v = _depthwise(dim)
+        self.set_grid(grid, stripe)
+        self.get_v = depthwise(dim)
 
     @property
     def dwc(self) -> nn.Module:  # type: ignore[override]
         """The convolution, by the name it has in the other models."""
         return self.get_v
 
+    def set_grid(self, grid: Grid, stripe: Grid) -> None:
+        """Use a map and stripes of other sizes: the biases are interpolated.
+
+        Raises:
+            ValueError: stripes that do not divide the map, or have fewer rows or columns than the agents.
+        """
+        check_stripe("StripeAgentAttention", grid, stripe)
+        self._check_agents(stripe)
+        self.grid, self.stripe = grid, stripe
+
     def forward(self, qkv: Tensor) -> Tensor:
         """`[3, B, Y * X, C]` to `[B, Y * X, C]`."""
-        (rows, columns), (y, x) = self.grid, self.stripe
-        batch, dim = qkv.shape[1], qkv.shape[-1]
-        tiles = qkv.view(3, batch, rows // y, y, columns // x, x, dim).transpose(3, 4)
-        query, key, value = tiles.reshape(3, -1, y * x, dim)
-        output = self.attend(query, key, value, self.stripe)
-        return output.view(batch, rows // y, columns // x, y, x, dim).transpose(2, 3).reshape(batch, -1, dim)
+        query, key, value = to_stripes(qkv, self.grid, self.stripe)
+        return from_stripes(self.attend(query, key, value, self.stripe), self.grid, self.stripe)
 
 
-def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
+def check_stripe(where: str, grid: Grid, stripe: Grid) -> None:
+    """Raise ValueError for stripes that do not divide a map."""
+    if grid[0] % stripe[0] or grid[1] % stripe[1]:
+        raise ValueError(f"{where}: stripe must divide grid={grid}, got {stripe}")
+
+
+def to_stripes(tokens: Tensor, grid: Grid, stripe: Grid) -> Tensor:
+    """`[n, B, Y * X, C]` of a map to `[n, B * stripes, y * x, C]`."""
+    (rows, columns), (y, x) = grid, stripe
+    tiles = tokens.unflatten(2, (rows // y, y, columns // x, x)).transpose(3, 4)
+    return tiles.flatten(4, 5).flatten(1, 3)
+
+
+def from_stripes(tokens: Tensor, grid: Grid, stripe: Grid) -> Tensor:
+    """`[B * stripes, y * x, C]` to `[B, Y * X, C]` of a map."""
+    (rows, columns), (y, x) = grid, stripe
+    tiles = tokens.view(-1, rows // y, columns // x, y, x, tokens.shape[-1])
+    return tiles.transpose(2, 3).flatten(1, 4)
+
+
+def to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """`[B, Y * X, C]` to `[B, C, Y, X]`."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def _depthwise(dim: int) -> nn.Conv2d:
+def depthwise(dim: int) -> nn.Conv2d:
+    """The convolution of the values."""
     return nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
 

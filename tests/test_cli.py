@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vision_attn as va
-from vision_attn.benchmark import attention_bench, summary
+from vision_attn.benchmark import attention_bench, backbone_bench, summary
 from vision_attn.operators.registry import unregister_operator
 
 SMALL = ["--size", "36x48", "--steps", "1"]
@@ -213,6 +214,25 @@ def test_bench_of_the_standard_cases_adds_growth_and_memory(run, monkeypatch):
     assert "clear(radius=3), 16x8 tokens, 8 heads of 16" in out
     assert "4.50 times as long" in out
     assert "need 9 MiB" in out
+
+
+def test_bench_of_backbones(run, monkeypatch):
+    asked = []
+
+    def report(operators, **options):
+        asked.append((operators, options["repeats"], options["dtype"]))
+        return summary_of_nothing
+
+    summary_of_nothing = backbone_bench.BackboneReport({"model": "tiny"}, ())
+    monkeypatch.setattr(backbone_bench, "backbone_report", report)
+    code, out, _ = run("bench", "--suite", "backbones", "--ops", "agent(agents=4)", "halo(4, 1)", "--repeats", 2)
+    assert (code, "model tiny" in out) == (0, True)
+    out = run("bench", "--suite", "backbones", "--json")[1]
+    assert json.loads(out) == {"environment": {"model": "tiny"}, "rows": []}
+    assert asked == [
+        ([va.Agent(4), va.Halo(4, 1)], 2, torch.float32),
+        (backbone_bench.OPERATORS, 7, torch.float32),
+    ]
 
 
 OPERATOR = """

@@ -18,7 +18,7 @@ LAYERS = [
     {"patching"},
     {"guidance", "pipelines", "training", "backbones", "shapes", "parallel", "simulator", "planner"},
     {"benchmark"},
-    {"app", "cli", "command_input", "command_process"},
+    {"app", "cli", "command_bench", "command_input", "command_process"},
 ]
 # The root of everything: no layer, imports nothing of the package.
 FOUNDATION = {"layout", "errors"}

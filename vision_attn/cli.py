@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vision_attn.command_bench import GRID, HEAD_DIM, HEADS, attention_suite, backbone_suite
 from vision_attn.command_input import (
     DTYPES,
     import_modules,
     load,
     parse_axes,
     parse_radius,
-    parse_size,
     read_backend,
     read_device,
     read_dtype,
@@ -33,7 +33,6 @@ from vision_attn.command_process import mistake, progress, restart_with_passive_
 
 _INTERRUPTED = 130  # the shell's code for Ctrl-C; some versions of typer return it, others raise Abort
 _DEFAULT_OPERATORS = ["dense", "clear(radius=8)", "neighborhood(kernel_size=13)"]
-_DEFAULT_GRID = "64x64"
 
 # Files of this run that are complete and have begun to appear: what an interruption must not deny.
 _appearing: list[Path] = []
@@ -199,12 +198,16 @@ def verify(model: Model = "shapes-flux", device: Device = "", dtype: Dtype = "",
 
 @app.command()
 def bench(
+    suite: Annotated[
+        str, typer.Option(help="attention: one call. backbones: a ViT-S at 224, 448 and 896 px.")
+    ] = "attention",
     ops: Annotated[
         list[str] | None,
         typer.Option(
             metavar="OPERATOR ...",
             help="clear(radius=R) or neighborhood(kernel_size=K). [default: the three standard cases, the growth from "
-            "64x64 to 128x128 tokens and the memory at 192x192]",
+            "64x64 to 128x128 tokens and the memory at 192x192]; with --suite backbones any [default: agent, "
+            "neighborhood(kernel_size=7)]",
             show_default=False,
         ),
     ] = None,
@@ -212,12 +215,12 @@ def bench(
         str | None,
         typer.Option(
             metavar="YxX",
-            help=f"Token grid for --ops, rows x columns. [default: {_DEFAULT_GRID}]",
+            help=f"Token grid for --ops, rows x columns. [default: {GRID}]",
             show_default=False,
         ),
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels per head.")] = 64,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = HEADS,
+    head_dim: Annotated[int, typer.Option(min=1, help="Channels per head.")] = HEAD_DIM,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 7,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before, not timed.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
@@ -229,36 +232,28 @@ def bench(
     dtype: Dtype = "",
     as_json: Json = False,
 ) -> None:
-    """Time one attention call against its rivals, after checking every result.
+    """Time one attention call against its rivals, after checking every result; or backbones with other attention.
 
     Rivals are dense SDPA (on a GPU also cuDNN's and flash by name), compiled FlexAttention, and NATTEN if installed.
     """
     import torch
 
-    import vision_attn as va
-    from vision_attn.benchmark.attention_bench import STANDARD_CASES, Case, bench_report
     from vision_attn.benchmark.output import to_json
 
     if threads is not None:
         torch.set_num_threads(threads)
-    size = parse_size(_DEFAULT_GRID if grid is None else grid, "--grid")
-    if grid is not None and not ops:
-        raise ValueError(f"--grid must come with --ops, got {grid!r} alone: the standard cases have grids of their own")
-    own = [Case(va.parse(text), size, heads, head_dim) for text in ops or ()]
-    place, ours = read_device(device), read_backend(backend)
-    cases = own or [replace(case, heads=heads, head_dim=head_dim) for case in STANDARD_CASES]
+    place = read_device(device)
+    options = {"repeats": repeats, "warmup": warmup, "device": place, "dtype": read_dtype(dtype, place)}
+    if suite == "backbones":
+        given = {"--grid": grid is not None, "--heads": heads != HEADS, "--head-dim": head_dim != HEAD_DIM}
+        given |= {"--no-flex": not flex, "--backend": backend != "auto"}
+        run = backbone_suite(ops, [name for name, is_given in given.items() if is_given], options)
+    elif suite == "attention":
+        run = attention_suite(ops, grid, heads, head_dim, {**options, "flex": flex, "backend": read_backend(backend)})
+    else:
+        raise ValueError(f"--suite must be attention or backbones, got {suite!r}")
     with progress(None, "run") as on_run:
-        report = bench_report(
-            cases,
-            repeats=repeats,
-            warmup=warmup,
-            device=place,
-            dtype=read_dtype(dtype, place),
-            flex=flex,
-            backend=ours,
-            scaling=not own,
-            on_run=on_run,
-        )
+        report = run(on_run=on_run)
     typer.echo(to_json(report.to_dict()) if as_json else str(report), nl=not as_json)
 
 

@@ -25,6 +25,17 @@ def test_sizes_of_other_libraries_become_plain_integers():
     json.dumps(dataclasses.asdict(va.Clear(2).cost(layout, 1, 8)))
 
 
+def test_symbolic_sizes_compile():
+    torch._dynamo.reset()
+
+    def image_tokens(x):
+        return x * va.TokenLayout((x.shape[0], x.shape[1])).image_tokens
+
+    compiled = torch.compile(image_tokens, fullgraph=True, dynamic=True, backend="eager")
+    for rows, columns in ((2, 3), (4, 7)):
+        assert compiled(torch.ones(rows, columns))[0, 0] == rows * columns
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -84,12 +84,9 @@ class TokenLayout:
 
 def _integer(name: str, given: object, size: Any) -> Any:
     """A plain int of numpy's and others; symbolic sizes under torch.compile stay what they are."""
-    problem = f"TokenLayout: {name} must be made of integers, got {given!r}"
-    if isinstance(size, bool):
-        raise TypeError(problem)
-    if isinstance(size, (int, torch.SymInt)):
-        return size
     try:
-        return operator.index(size)
+        if not isinstance(size, bool):
+            return size if isinstance(size, (int, torch.SymInt)) else operator.index(size)
     except TypeError:
-        raise TypeError(problem) from None
+        pass
+    raise TypeError(f"TokenLayout: {name} must be made of integers, got {given!r}")

@@ -13,6 +13,25 @@ try:
 except ImportError as error:
     raise ImportError('vision_attn.backbones: timm is missing: pip install "vision-attn[timm]"') from error
 
-from vision_attn.backbones import agent_cswin, agent_deit, agent_pvt, agent_swin, crossformer, nat
+from vision_attn.backbones import (
+    agent_cswin,
+    agent_deit,
+    agent_pvt,
+    agent_swin,
+    biformer,
+    crossformer,
+    litv2,
+    nat,
+)
 
-__all__ = ["agent_cswin", "agent_deit", "agent_pvt", "agent_swin", "create_model", "crossformer", "nat"]
+__all__ = [
+    "agent_cswin",
+    "agent_deit",
+    "agent_pvt",
+    "agent_swin",
+    "biformer",
+    "create_model",
+    "crossformer",
+    "litv2",
+    "nat",
+]

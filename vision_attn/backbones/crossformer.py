@@ -266,10 +266,6 @@ class CrossFormer(Pyramid):
             self._layer(-1).pop("downsample")
             self.norm = nn.Identity()
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay: none by name, position biases come from a network."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters from the image to the classifier."""
         blocks = [(r"^layers\.(\d+)", None)] if coarse else [

@@ -16,7 +16,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise
+from vision_attn.backbones.pyramid import Level, Pyramid, drop_path_rates, initialise
 
 # Gathered keys and values of a piece of rows hold at most so many elements.
 _GATHERED = 2**24
@@ -158,15 +158,6 @@ class Downsampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, Y, X, dim]` to `[B, ceil(Y / 2), ceil(X / 2), 2 * dim]`."""
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class Level(nn.Module):
-    """The blocks of one stage, and what leads to the next."""
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
 
 
 class NeighborhoodTransformer(Pyramid):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class Pyramid(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks are computed again in the backward pass."""
         self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, beside biases and norms."""
+        return set()
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""
@@ -124,6 +128,15 @@ class Pyramid(nn.Module):
         return global_pool
 
 
+class Level(nn.Module):
+    """The blocks of one stage, and what leads to the next."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+
 def _classifier(features: int, classes: int) -> nn.Module:
     return nn.Linear(features, classes) if classes > 0 else nn.Identity()
 
@@ -140,3 +153,9 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates of stochastic depth per stage and block, rising from 0 to `last`."""
     rates = iter(torch.linspace(0, last, sum(depths), device="cpu").tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def released_weights(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Tensor]:
+    """The weights of a released file, which may hold the state of a training beside them."""
+    weights: Mapping[str, Tensor] = state_dict.get("model", state_dict)
+    return weights

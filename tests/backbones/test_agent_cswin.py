@@ -241,3 +241,14 @@ def test_stripes_that_do_not_divide_the_map_are_named():
         StripeAttention(8, (6, 8), (6, 3), 2)
     with pytest.raises(ValueError, match=r"StripeAgentAttention: stripe must divide grid=\(6, 8\), got \(4, 8\)"):
         StripeAgentAttention(8, (6, 8), (4, 8), 2, agents=4)
+
+
+def test_resized_models_are_saved_under_their_size(tmp_path):
+    model = timm.create_model("va_agent_cswin_tiny", num_classes=3, **TINY).eval()
+    model.set_input_size((96, 64))
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.img_size == (96, 64)
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,8 +25,8 @@ from vision_attn.backbones.agent_attention import (
     to_map,
     to_stripes,
 )
-from vision_attn.backbones.agent_weights import default_cfg, position_biases, resize_biases
-from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise
+from vision_attn.backbones.agent_weights import agent_cfg, position_biases, resize_biases
+from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise, note_input_size, register
 
 
 class StripeAttention(nn.Module):
@@ -215,6 +215,7 @@ class AgentCSWinTransformer(Pyramid):
             self._tell_blocks(self.img_size, self.stripes)  # what is refused changes nothing
             raise
         self.img_size, self.stripes = size, widths
+        note_input_size(self, size, stripes=widths)
 
     def _tell_blocks(self, img_size: Grid, stripes: Sequence[int | None]) -> None:
         grids = _checked_grids(img_size, stripes)
@@ -286,26 +287,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: AgentCSWinTransfo
 
 default_cfgs = generate_default_cfgs(
     {
-        f"va_agent_cswin_{size}": default_cfg(pool_size=(7, 7), first_conv="stage1_conv_embed.0")
+        f"va_agent_cswin_{size}": agent_cfg(pool_size=(7, 7), first_conv="stage1_conv_embed.0")
         for size in ("tiny", "small", "base")
     }
 )
 
 
-def _register(size: str, millions: int, **defaults: Any) -> Callable[..., AgentCSWinTransformer]:
-    name = f"va_agent_cswin_{size}"
-
-    def create(pretrained: bool = False, **arguments: Any) -> AgentCSWinTransformer:
-        out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
-        model: AgentCSWinTransformer = build_model_with_cfg(
-            AgentCSWinTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **{**defaults, **arguments},
-        )  # fmt: skip
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"Agent-CSWin-{size[0].upper()}: {millions} M parameters."
-    return register_model(create)
+def _register(size: str, millions: int, **defaults: Any) -> Callable[..., Any]:
+    summary = f"Agent-CSWin-{size[0].upper()}: {millions} M parameters."
+    return register(AgentCSWinTransformer, f"va_agent_cswin_{size}", summary, defaults, checkpoint_filter_fn)
 
 
 va_agent_cswin_tiny = _register("tiny", 21, embed_dim=64, depths=(2, 4, 18, 1), num_heads=(2, 4, 8, 16))

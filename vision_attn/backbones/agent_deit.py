@@ -14,7 +14,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as _resize_posit
 from torch import Tensor
 
 from vision_attn.backbones.agent_attention import AgentAttention
-from vision_attn.backbones.agent_weights import default_cfg, position_biases, resize_biases
+from vision_attn.backbones.agent_weights import agent_cfg, position_biases, resize_biases
 
 
 class AgentVisionTransformer(VisionTransformer):
@@ -82,10 +82,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: AgentVisionTransf
 
 default_cfgs = generate_default_cfgs(
     {
-        "va_agent_deit_tiny_patch16_224": default_cfg(),
-        "va_agent_deit_small_patch16_224": default_cfg(),
-        "va_agent_deit_small_patch16_448": default_cfg(input_size=(3, 448, 448)),
-        "va_agent_deit_base_patch16_224": default_cfg(),
+        "va_agent_deit_tiny_patch16_224": agent_cfg(),
+        "va_agent_deit_small_patch16_224": agent_cfg(),
+        "va_agent_deit_small_patch16_448": agent_cfg(input_size=(3, 448, 448)),
+        "va_agent_deit_base_patch16_224": agent_cfg(),
     }
 )
 

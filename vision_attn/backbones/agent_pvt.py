@@ -6,19 +6,19 @@ released weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vision_attn.backbones.agent_attention import Grid, ReducedAgentAttention
-from vision_attn.backbones.agent_weights import default_cfg, position_biases, resize_biases
-from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise
+from vision_attn.backbones.agent_weights import agent_cfg, position_biases, resize_biases
+from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise, register
 
 STAGES = 4
 
@@ -182,29 +182,19 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: AgentPyramidVisio
 
 default_cfgs = generate_default_cfgs(
     {
-        f"va_agent_pvt_{size}": default_cfg(pool_size=(7, 7), fixed_input_size=False, first_conv="patch_embed1.proj")
+        f"va_agent_pvt_{size}": agent_cfg(pool_size=(7, 7), fixed_input_size=False, first_conv="patch_embed1.proj")
         for size in ("tiny", "small", "medium", "large")
     }
 )
 
 
-def _register(size: str, depths: tuple[int, ...], millions: float) -> Callable[..., AgentPyramidVisionTransformer]:
-    name = f"va_agent_pvt_{size}"
-
-    def create(pretrained: bool = False, **arguments: Any) -> AgentPyramidVisionTransformer:
-        out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
-        model: AgentPyramidVisionTransformer = build_model_with_cfg(
-            AgentPyramidVisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **{"depths": depths, **arguments},
-        )  # fmt: skip
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"Agent-PVT-{size[0].upper()}: {millions} M parameters."
-    return register_model(create)
-
-
-va_agent_pvt_tiny = _register("tiny", (2, 2, 2, 2), 11.6)
-va_agent_pvt_small = _register("small", (3, 4, 6, 3), 20.6)
-va_agent_pvt_medium = _register("medium", (3, 4, 18, 3), 35.9)
-va_agent_pvt_large = _register("large", (3, 8, 27, 3), 48.7)
+va_agent_pvt_tiny, va_agent_pvt_small, va_agent_pvt_medium, va_agent_pvt_large = (
+    register(
+        AgentPyramidVisionTransformer, f"va_agent_pvt_{size}", f"Agent-PVT-{size[0].upper()}: {millions} M parameters.",
+        {"depths": depths}, checkpoint_filter_fn,
+    )
+    for size, millions, depths in (
+        ("tiny", 11.6, (2, 2, 2, 2)), ("small", 20.6, (3, 4, 6, 3)), ("medium", 35.9, (3, 4, 18, 3)),
+        ("large", 48.7, (3, 8, 27, 3)),
+    )
+)  # fmt: skip

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as _to_timm
 from torch import Tensor
 
 from vision_attn.backbones.agent_attention import WindowAgentAttention
-from vision_attn.backbones.agent_weights import default_cfg, position_biases, resize_biases
+from vision_attn.backbones.agent_weights import agent_cfg, position_biases, resize_biases
 
 
 class AgentSwinTransformer(SwinTransformer):
@@ -84,7 +84,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: AgentSwinTransfor
 
 default_cfgs = generate_default_cfgs(
     {
-        f"va_agent_swin_{size}": default_cfg(pool_size=(7, 7), first_conv="patch_embed.proj", classifier="head.fc")
+        f"va_agent_swin_{size}": agent_cfg(pool_size=(7, 7), first_conv="patch_embed.proj", classifier="head.fc")
         for size in ("tiny", "small", "base")
     }
 )

@@ -5,33 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+
+from vision_attn.backbones.pyramid import default_cfg
 
 # The axis along which each position bias of rows or columns runs.
 _AXES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 
 
-def default_cfg(**changes: Any) -> dict[str, Any]:
+def agent_cfg(**changes: Any) -> dict[str, Any]:
     """A pretrained configuration; the released weights are on a cloud drive that serves no direct links."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-        "paper_ids": "arXiv:2312.08874",
-        **changes,
-    }
+    return default_cfg(
+        **{
+            "pool_size": None,
+            "crop_pct": 0.9,
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "license": "apache-2.0",
+            "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
+            "paper_ids": "arXiv:2312.08874",
+            **changes,
+        }
+    )
 
 
 def position_biases(model: nn.Module) -> set[str]:

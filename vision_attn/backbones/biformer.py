@@ -11,13 +11,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise, released_weights
+from vision_attn.backbones.pyramid import Pyramid, default_cfg, drop_path_rates, initialise, register
 from vision_attn.layout import TokenLayout
 from vision_attn.operators.bilevel_routing import BiLevelRouting
 
@@ -218,42 +217,14 @@ _SIZES: dict[str, dict[str, Any]] = {
     "base": {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768)},
 }
 # No address: the released files' all end alike, and timm keeps downloads by the ending.
-_CFG: dict[str, Any] = {
-    "url": "",
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "pool_size": (7, 7),
-    "crop_pct": 0.875,
-    "interpolation": "bicubic",
-    "fixed_input_size": False,
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "downsample_layers.0.0",
-    "classifier": "head",
-    "license": "mit",
-    "origin_url": "https://github.com/rayleizhu/BiFormer",
-    "paper_ids": "arXiv:2303.08810",
-}
-
+_CFG = default_cfg(
+    first_conv="downsample_layers.0.0",
+    license="mit",
+    origin_url="https://github.com/rayleizhu/BiFormer",
+    paper_ids="arXiv:2303.08810",
+)
 default_cfgs = generate_default_cfgs({f"va_biformer_{size}": _CFG for size in _SIZES})
-
-
-def _register(size: str) -> Callable[..., BiFormer]:
-    name = f"va_biformer_{size}"
-
-    def create(pretrained: bool = False, **arguments: Any) -> BiFormer:
-        out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
-        model: BiFormer = build_model_with_cfg(
-            BiFormer, name, pretrained, pretrained_filter_fn=released_weights,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **{**_SIZES[size], **arguments},
-        )  # fmt: skip
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"BiFormer-{size[0].upper()}."
-    return register_model(create)
-
-
-va_biformer_tiny = _register("tiny")
-va_biformer_small = _register("small")
-va_biformer_base = _register("base")
+va_biformer_tiny, va_biformer_small, va_biformer_base = (
+    register(BiFormer, f"va_biformer_{size}", f"BiFormer-{size[0].upper()}.", defaults)
+    for size, defaults in _SIZES.items()
+)

@@ -5,18 +5,17 @@ Source: CrossFormer (arXiv 2108.00154), section 3; state dict keys are those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from vision_attn.backbones.pyramid import Pyramid, drop_path_rates, initialise
+from vision_attn.backbones.pyramid import Pyramid, default_cfg, drop_path_rates, initialise, register, released_weights
 
 # Sides of the patches that make one token, of the image and between stages; the first is the step between tokens.
 PATCHES, MERGED = (4, 8, 16, 32), (2, 4)
@@ -276,51 +275,25 @@ class CrossFormer(Pyramid):
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CrossFormer) -> dict[str, Tensor]:
     """The released state dict for a model, without the tables of positions that it makes itself."""
-    weights: Mapping[str, Tensor] = state_dict.get("model", state_dict)
     tables = ("biases", "relative_position_index")
+    weights = released_weights(state_dict, model)
     return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in tables}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"va_crossformer_{size}": {
-            "url": "",  # the released weights are on cloud drives that serve no direct links
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "fixed_input_size": False,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": tuple(f"patch_embed.projs.{index}" for index in range(len(PATCHES))),
-            "classifier": "head",
-            "license": "mit",
-            "origin_url": "https://github.com/cheerss/CrossFormer",
-            "paper_ids": "arXiv:2108.00154",
-        }
-        for size in ("tiny", "small", "base", "large")
-    }
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 64, "depths": (1, 1, 8, 6), "num_heads": (2, 4, 8, 16)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "large": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+}
+_CFG = default_cfg(
+    first_conv=tuple(f"patch_embed.projs.{index}" for index in range(len(PATCHES))),
+    license="mit",
+    origin_url="https://github.com/cheerss/CrossFormer",
+    paper_ids="arXiv:2108.00154",
 )
-
-
-def _register(size: str, millions: float, **defaults: Any) -> Callable[..., CrossFormer]:
-    name = f"va_crossformer_{size}"
-
-    def create(pretrained: bool = False, **arguments: Any) -> CrossFormer:
-        out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
-        model: CrossFormer = build_model_with_cfg(
-            CrossFormer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **{**defaults, **arguments},
-        )  # fmt: skip
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"CrossFormer-{size[0].upper()}: {millions} M parameters."
-    return register_model(create)
-
-
-va_crossformer_tiny = _register("tiny", 27.8, embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16))
-va_crossformer_small = _register("small", 30.7, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
-va_crossformer_base = _register("base", 52.0, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
-va_crossformer_large = _register("large", 92.0, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+default_cfgs = generate_default_cfgs({f"va_crossformer_{size}": _CFG for size in _SIZES})
+va_crossformer_tiny, va_crossformer_small, va_crossformer_base, va_crossformer_large = (
+    register(CrossFormer, f"va_crossformer_{size}", f"CrossFormer-{size[0].upper()}.", defaults, checkpoint_filter_fn)
+    for size, defaults in _SIZES.items()
+)

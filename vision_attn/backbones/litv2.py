@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 from torchvision.ops import deform_conv2d
 
-from vision_attn.backbones.pyramid import Level, Pyramid, drop_path_rates, initialise, released_weights
+from vision_attn.backbones.pyramid import Level, Pyramid, default_cfg, drop_path_rates, initialise, register
 from vision_attn.layout import TokenLayout
 from vision_attn.operators.hilo import HiLo
 
@@ -226,8 +225,9 @@ class LITv2(Pyramid):
             if len(given) != len(depths):
                 raise ValueError(f"LITv2: {name} must have {len(depths)} values, got {given}")
         self.patch_embed = PatchEmbed(
-            None, 4, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True
-        )
+            None, 4, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", strict_img_size=False,
+            dynamic_img_pad=True,
+        )  # fmt: skip
         self.layers = nn.ModuleList()
         for index, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             block = partial(
@@ -277,44 +277,19 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg(size: str) -> dict[str, Any]:
-    return {
-        "url": f"https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_{size[0]}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/ziplab/LITv2",
-        "paper_ids": "arXiv:2205.13213",
+_RELEASES = "https://github.com/ziplab/LITv2/releases/download/v1.0"
+default_cfgs = generate_default_cfgs(
+    {
+        f"va_litv2_{size}": default_cfg(
+            url=f"{_RELEASES}/litv2_{size[0]}.pth",
+            first_conv="patch_embed.proj",
+            license="apache-2.0",
+            origin_url="https://github.com/ziplab/LITv2",
+            paper_ids="arXiv:2205.13213",
+        )
+        for size in _SIZES
     }
-
-
-default_cfgs = generate_default_cfgs({f"va_litv2_{size}": _cfg(size) for size in _SIZES})
-
-
-def _register(size: str) -> Callable[..., LITv2]:
-    name = f"va_litv2_{size}"
-
-    def create(pretrained: bool = False, **arguments: Any) -> LITv2:
-        out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
-        model: LITv2 = build_model_with_cfg(
-            LITv2, name, pretrained, pretrained_filter_fn=released_weights,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **{**_SIZES[size], **arguments},
-        )  # fmt: skip
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"LITv2-{size[0].upper()}."
-    return register_model(create)
-
-
-va_litv2_small = _register("small")
-va_litv2_medium = _register("medium")
-va_litv2_base = _register("base")
+)
+va_litv2_small, va_litv2_medium, va_litv2_base = (
+    register(LITv2, f"va_litv2_{size}", f"LITv2-{size[0].upper()}.", defaults) for size, defaults in _SIZES.items()
+)

@@ -6,17 +6,16 @@ released weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vision_attn.backbones.pyramid import Level, Pyramid, drop_path_rates, initialise
+from vision_attn.backbones.pyramid import Level, Pyramid, default_cfg, drop_path_rates, initialise, register
 
 # Gathered keys and values of a piece of rows hold at most so many elements.
 _GATHERED = 2**24
@@ -268,22 +267,8 @@ _WEIGHTS = "https://shilab.cs.uoregon.edu/projects"
 
 
 def _cfg(url: str, paper: str) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head",
-        "license": "mit",
-        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "paper_ids": paper,
-    }
+    origin = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
+    return default_cfg(url=url, first_conv="patch_embed.proj.0", license="mit", origin_url=origin, paper_ids=paper)
 
 
 def _dinat_weights(size: str) -> str:
@@ -295,28 +280,11 @@ default_cfgs = generate_default_cfgs(
     {f"va_nat_{size}": _cfg(f"{_WEIGHTS}/nat/checkpoints/CLS/nat_{size}.pth", "arXiv:2204.07143") for size in _NAT}
     | {f"va_dinat_{size}": _cfg(_dinat_weights(size), "arXiv:2209.15001") for size in _DINAT}
 )
-
-
-def _register(name: str, defaults: dict[str, Any]) -> Callable[..., NeighborhoodTransformer]:
-    def create(pretrained: bool = False, **arguments: Any) -> NeighborhoodTransformer:
-        out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
-        model: NeighborhoodTransformer = build_model_with_cfg(
-            NeighborhoodTransformer, name, pretrained,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **{**defaults, **arguments},
-        )  # fmt: skip
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{'DiNAT' if 'dilations' in defaults else 'NAT'}-{name.rpartition('_')[2].title()}."
-    return register_model(create)
-
-
-va_nat_mini = _register("va_nat_mini", _NAT["mini"])
-va_nat_tiny = _register("va_nat_tiny", _NAT["tiny"])
-va_nat_small = _register("va_nat_small", _NAT["small"])
-va_nat_base = _register("va_nat_base", _NAT["base"])
-va_dinat_mini = _register("va_dinat_mini", _DINAT["mini"])
-va_dinat_tiny = _register("va_dinat_tiny", _DINAT["tiny"])
-va_dinat_small = _register("va_dinat_small", _DINAT["small"])
-va_dinat_base = _register("va_dinat_base", _DINAT["base"])
-va_dinat_large = _register("va_dinat_large", _DINAT["large"])
+va_nat_mini, va_nat_tiny, va_nat_small, va_nat_base = (
+    register(NeighborhoodTransformer, f"va_nat_{size}", f"NAT-{size.title()}.", defaults)
+    for size, defaults in _NAT.items()
+)
+va_dinat_mini, va_dinat_tiny, va_dinat_small, va_dinat_base, va_dinat_large = (
+    register(NeighborhoodTransformer, f"va_dinat_{size}", f"DiNAT-{size.title()}.", defaults)
+    for size, defaults in _DINAT.items()
+)

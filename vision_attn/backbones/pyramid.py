@@ -1,13 +1,14 @@
-"""What backbones of several stages share of timm's interface: classifier, features, checkpointing."""
+"""What backbones of several stages share of timm's interface: classifier, features, checkpointing, registration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import checkpoint
+from timm.models import build_model_with_cfg, checkpoint, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -153,6 +154,62 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates of stochastic depth per stage and block, rising from 0 to `last`."""
     rates = iter(torch.linspace(0, last, sum(depths), device="cpu").tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def default_cfg(**changes: Any) -> dict[str, Any]:
+    """A pretrained configuration for ImageNet at 224 px; without an address where authors give no direct links."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head",
+        **changes,
+    }
+
+
+def register(
+    model_class: type[Pyramid], name: str, summary: str, defaults: Mapping[str, Any],
+    filter_fn: Callable[..., Mapping[str, Tensor]] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """Register a size of a model with timm.
+
+    Args:
+        model_class: Its class; the `default_cfgs` of that module hold the configuration.
+        name: For `timm.create_model`.
+        summary: Docstring.
+        defaults: Arguments of the class that make the size; those of the call win.
+        filter_fn: Turns a released file into a state dict; None for `released_weights`.
+
+    Returns:
+        The function that timm calls, `create(pretrained=False, **arguments)`.
+    """
+
+    def create(pretrained: bool = False, **arguments: Any) -> Any:
+        out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
+        return build_model_with_cfg(
+            model_class, name, pretrained, pretrained_filter_fn=filter_fn or released_weights,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"}, **{**defaults, **arguments},
+        )  # fmt: skip
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__, create.__module__ = summary, model_class.__module__
+    registered: Callable[..., Any] = register_model(create)
+    return registered
+
+
+def note_input_size(model: nn.Module, img_size: tuple[int, int], **arguments: Any) -> None:
+    """Have timm save a resized model under its new size; versions without such notes are told by `model_args`."""
+    try:
+        from timm.models._input import update_model_input_size
+    except ImportError:
+        return
+    update_model_input_size(model, img_size, **arguments)
 
 
 def released_weights(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Tensor]:

@@ -249,15 +249,6 @@ def test_masks_that_hide_nothing_need_no_support(mask):
     assert calls[0].kind == "operator"
 
 
-def test_a_mask_that_differs_between_image_queries_is_refused_by_clear():
-    q, k, v = tensors()
-    mask = torch.ones(21, 21, dtype=torch.bool).tril_(5)
-    with pytest.raises(
-        va.PatchError, match=r"cannot honour the call of 'attn': .*attn_mask must be the same for all image queries"
-    ):
-        call(Toy(SdpaProcessor()), va.Clear(radius=2), q, k, v, attn_mask=mask)
-
-
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 def test_block_masks_are_listed_or_refused():
     from torch.nn.attention.flex_attention import create_block_mask

@@ -213,16 +213,52 @@ def test_other_families_are_refused_by_name(name):
 
 
 @torch.no_grad()
-def test_a_bias_per_head_is_refused_or_listed():
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("beit_base_patch16_224", {"init_values": 1.0}),
+        ("vit_relpos_base_patch16_224", {"init_values": 1.0}),
+        ("vit_relpos_base_patch16_clsgap_224", {"init_values": 1.0}),
+    ],
+)
+def test_a_window_under_a_bias_per_head(monkeypatch, name, changes):
+    """Against timm's own code with every mask of an attention call changed on its way."""
+    model = timm.create_model(name, depth=2, embed_dim=96, num_heads=4, img_size=(80, 112), **changes).eval()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.2 * parameter.std().nan_to_num(1).clamp(min=0.1)
+    x = torch.randn(2, 3, 80, 112)
+    prefix = model.num_prefix_tokens
+    op = va.Neighborhood((3, 5))
+    with va.patch(model, op) as patch:
+        ours = model(x)
+        for layer, calls in patch.calls.items():
+            assert [(call.kind, call.layout.text_before) for call in calls] == [("operator", prefix)], layer
+            assert "as a mask on dense attention, exact but no faster: Neighborhood: attn_mask" in calls[0].reason
+        assert "exact but no faster" in str(patch)
+    window = torch.ones(35 + prefix, 35 + prefix, dtype=torch.bool)
+    window[prefix:, prefix:] = op.mask(va.TokenLayout((5, 7)))
+    genuine = torch.nn.functional.scaled_dot_product_attention
+
+    def windowed(query, key, value, attn_mask=None, **others):
+        return genuine(query, key, value, attn_mask=attn_mask.masked_fill(~window, -torch.inf), **others)
+
+    stock = model(x)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", windowed)
+    torch.testing.assert_close(ours, model(x), atol=1e-5, rtol=1e-4)
+    assert (ours - stock).abs().max() > 1e-2 * stock.abs().max()
+
+
+@torch.no_grad()
+def test_a_bias_per_head_is_refused_or_listed_where_the_operator_is_no_mask():
     model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=96, num_heads=4, img_size=64).eval()
     x = torch.randn(1, 3, 64, 64)
     stock = model(x)
     with (
-        va.patch(model, va.Neighborhood(3)),
+        va.patch(model, va.HiLo()),
         pytest.raises(va.PatchError, match=r"cannot honour the call of 'blocks.0.attn': .* the same for all heads"),
     ):
         model(x)
-    with va.patch(model, va.Neighborhood(3), strict=False) as patch:
+    with va.patch(model, va.HiLo(), strict=False) as patch:
         assert torch.equal(model(x), stock)
         assert [call.kind for call in patch.calls["blocks.0.attn"]] == ["dense"]
 

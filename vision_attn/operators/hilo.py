@@ -80,6 +80,7 @@ class HiLo:
         if self.window == 1:
             resolve(backend, "HiLo", query, value)
             return Dense()(query, key, value, layout, scale, attn_mask=attn_mask)
+        split_mask("HiLo", attn_mask, query, layout)  # refuses a mask per head while it still has all heads
         heads = query.shape[2]
         if key.shape[2] != heads:  # a group of heads may be hi in part
             key, value = (x.repeat_interleave(heads // x.shape[2], 2) for x in (key, value))

@@ -6,7 +6,9 @@ The decision, in order:
 2. The operators are switched off in this denoising step, or a guider perturbs this layer's attention: dense.
 3. The layout does not describe the call's tokens: dense and listed. This is how cross-attention passes. A layer whose
    self-attention calls in a whole forward all have another length than its layout says is an error with `strict`.
-4. The operator cannot honour the call (mask, causal, dropout): listed, or an error with `strict`.
+4. The operator cannot honour the call (mask, causal, dropout): where only the mask is in the way and the operator is a
+   masked softmax, it becomes a mask on dense attention, and the call is listed with that reason; else the call is dense
+   and listed, or an error with `strict`.
 5. Otherwise the operator runs, on heads-last tensors that all have the layout's full length and as many heads.
 """
 
@@ -22,6 +24,7 @@ import torch
 from vision_attn.errors import PatchError, UnsupportedError
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import CLOSED, in_backward
+from vision_attn.patching.masked import masked_softmax
 from vision_attn.patching.stages import Stages
 
 
@@ -107,12 +110,18 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
         else:
             layer.note("operator", "", layout)
             return output
+        masked = None if layer.initial else masked_softmax(operator, layout, call.attn_mask)
+        if masked is not None:
+            output = _operate(masked, layer, layout, call)
+            layer.note("operator", f"{AS_MASK}: {problem}", layout)
+            return output
     if layer.strict:
         raise PatchError(f"patch: {operator} cannot honour the call of {layer.name!r}: {problem}: {_FIX}")
     layer.note("dense", problem, layout)
     return dense()
 
 
+AS_MASK = "as a mask on dense attention, exact but no faster"
 _FIX = "leave the layer out with layers=, or pass strict=False to compute such calls densely (Patch.calls lists them)"
 
 

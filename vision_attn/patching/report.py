@@ -30,7 +30,7 @@ class Call:
 
     Attributes:
         kind: `"operator"` or `"dense"`.
-        reason: Why the call was dense; empty for an operator call.
+        reason: Why the call was dense, or why the operator was computed as a mask on dense attention; else empty.
         layout: The token layout of the call, `None` when none applied.
     """
 

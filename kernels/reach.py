@@ -42,7 +42,8 @@ class Box:
     def axis_windows(self, axis: int) -> tuple[Tensor, Tensor]:
         """First key and number of keys (spaced by `dilation`) of each query on `axis`: two int64 `[grid[axis]]`."""
         window = self.kernel_size[axis], self.stride[axis], self.is_causal[axis]
-        first, count = _box_windows(self.grid[axis], self.dilation[axis], *window)
+        windows = _box_windows.__wrapped__ if torch.compiler.is_compiling() else _box_windows  # graphs warn of caches
+        first, count = windows(self.grid[axis], self.dilation[axis], *window)
         return torch.tensor(first, device="cpu"), torch.tensor(count, device="cpu")
 
     @property

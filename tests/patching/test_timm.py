@@ -204,11 +204,24 @@ def test_attention_without_a_call_is_listed():
         assert [(s.name, s.reason) for s in patch.skipped] == [("blocks.0.attn", reason)]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "hiera_tiny_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "swinv2_tiny_window8_256",
+        "levit_128s",
+        "mvitv2_tiny",
+        "coat_tiny",
+        "efficientvit_b0",
+        "nest_tiny",
+        "twins_svt_small",
+        "sam2_hiera_tiny",
+    ],
+)
 def test_other_families_are_refused_by_name(name):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(va.PatchError, match=f"got {type(model).__name__}, whose attention sees no whole map"):
+    with pytest.raises(va.PatchError, match=f"got {type(model).__name__}, whose attention tells no map of tokens"):
         va.patch(model, va.Neighborhood(3), layers=lambda layer: True)
 
 

@@ -12,7 +12,6 @@ import vision_attn as va
 from vision_attn.patching import diffusers as adapters
 from vision_attn.patching.dry_inputs import RECIPES
 from vision_attn.patching.layouts import Family
-from vision_attn.patching.timm import CLASSES as TIMM_CLASSES
 
 pytestmark = UPSTREAM_WARNINGS
 
@@ -54,7 +53,7 @@ KNOWN = [case for case in (*ZOO_IMAGE, *ZOO_VIDEO, *ZOO_UNET) if case.name in ZO
 
 
 def test_every_recipe_has_its_model():
-    assert {type(case.build()).__name__ for case in KNOWN} == set(RECIPES) - set(TIMM_CLASSES)  # those: test_timm
+    assert {type(case.build()).__name__ for case in KNOWN} == set(RECIPES)
 
 
 @pytest.mark.parametrize("case", KNOWN, ids=lambda case: case.name)

@@ -42,11 +42,11 @@ class Cell:
     awaits_backward: bool = False
     ambiguous: bool = False
 
-    def begin(self, layout: TokenLayout | None, checkpoints: bool) -> None:
-        """Note the layout of a forward; with `checkpoints`, of one that may be recomputed."""
-        self.layout = layout
+    def begin(self, told: TokenLayout | str | None, checkpoints: bool) -> None:
+        """Note the layout of a forward, or why it has none; with `checkpoints`, of one that may be recomputed."""
+        self.layout = layout = told if isinstance(told, TokenLayout) else None
         if layout is None:
-            self.reason = "the token layout of this call is not known"
+            self.reason = told if isinstance(told, str) else "the token layout of this call is not known"
         if not checkpoints:
             return
         last, self.recomputed = self.recomputed, layout

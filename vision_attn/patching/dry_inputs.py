@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vision_attn.patching.timm import CLASSES as TIMM_CLASSES
+from vision_attn.patching.timm import is_timm
 
 Inputs = dict[str, Any]
 
@@ -202,13 +202,13 @@ RECIPES: dict[str, Callable[[_Maker], Inputs]] = {
 
 def _timm(make: _Maker) -> Inputs:
     """An image of the size that the model is made for."""
-    embed = make.model.patch_embed
-    size = embed.img_size or make.model.default_cfg["input_size"][1:]
-    channels = next(p.shape[1] for p in embed.parameters() if p.ndim == 4)
-    return {"x": make.randn(1, channels, *size)}
-
-
-RECIPES |= dict.fromkeys(TIMM_CLASSES, _timm)
+    model = make.model
+    if hasattr(model, "tokens_spatial_shape"):  # Hiera
+        size = [tokens * stride for tokens, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)]
+    else:
+        told = (getattr(part, "img_size", None) for part in (model, getattr(model, "patch_embed", None)))
+        size = next(filter(None, told), model.default_cfg["input_size"][1:])
+    return {"x": make.randn(1, model.in_chans, *size)}
 
 
 def dry_inputs(model: nn.Module) -> Inputs:
@@ -217,7 +217,7 @@ def dry_inputs(model: nn.Module) -> Inputs:
     A timm model gets an image of its own size.
 
     Args:
-        model: A diffusers transformer or UNet, or a timm vision transformer.
+        model: A diffusers transformer or UNet, or a timm model.
 
     Returns:
         Keyword arguments of its forward.
@@ -226,8 +226,9 @@ def dry_inputs(model: nn.Module) -> Inputs:
         ValueError: Nothing is known about what the class takes.
     """
     for cls in type(model).__mro__:
-        if cls.__name__ in RECIPES:
-            made = RECIPES[cls.__name__](_Maker(model))
+        recipe = RECIPES.get(cls.__name__, _timm if is_timm(model) and hasattr(model, "in_chans") else None)
+        if recipe is not None:
+            made = recipe(_Maker(model))
             accepted = inspect.signature(type(model).forward).parameters
             return {name: value for name, value in made.items() if name in accepted}
     raise ValueError(

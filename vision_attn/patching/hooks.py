@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vision_attn.patching.installation import Installation
     from vision_attn.patching.layer import Layer
 
-LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | None"]
+LayoutFunction = Callable[[nn.Module, Mapping[str, Any]], "TokenLayout | str | None"]
 
 
 class Hook:
@@ -72,7 +72,7 @@ class ScopeHook(Hook):
 
     Args:
         module: The scope: the model, or one of its levels.
-        layout: `layout(module, arguments by name)` gives the layout or `None`.
+        layout: `layout(module, arguments by name)` gives the layout, or `None` or in words why there is none.
         cell: Where to write it.
     """
 

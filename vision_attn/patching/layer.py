@@ -14,6 +14,7 @@ from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.report import Call
 from vision_attn.patching.routing import Processor, Route
+from vision_attn.patching.token_order import ROWS, Rows
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class Layer:
         strict: Whether a call that the operator cannot honour is an error.
         image_only: Whether the layer's sequence is the image tokens alone.
         in_parts: Whether calls without the image are part of the layer's work (`Family.in_parts`).
+        order: In what order its SDPA calls have their tokens.
         initial: Learned operator parameters of this layer, as they were made.
         trainable: Whether they are registered in the model, by the processor.
         calls: The calls since the forward (with `steps=`: the run) began.
@@ -46,6 +48,7 @@ class Layer:
     strict: bool = True
     image_only: bool = False
     in_parts: bool = False
+    order: Rows = ROWS
     initial: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: bool = False
     calls: list[Call] = field(default_factory=list)

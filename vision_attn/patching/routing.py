@@ -273,19 +273,20 @@ def _sdpa(operator: Any, running: Any) -> Callable[..., torch.Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        def dense() -> torch.Tensor:
+        def stock() -> torch.Tensor:
             grouped = {"enable_gqa": True} if enable_gqa else {}
-            output = nn.functional.scaled_dot_product_attention(
+            return nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **grouped
             )
-            return output.transpose(1, 2) if output.ndim == 4 else output
 
-        if query.ndim != 4:
-            running.layer.note("dense", f"query has {query.ndim} dimensions, not 4", None)
-            return dense()
-        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        call = Attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
-        return attend(operator, running.layer, call, dense).transpose(1, 2)
+        order = running.layer.order
+        if query.ndim not in order.ranks:
+            running.layer.note("dense", f"query has {query.ndim} dimensions, not {order.ranks[0]}", None)
+            return stock()
+        unknown = [] if attn_mask is None or order.takes_mask else ["attn_mask"]
+        q, k, v = (order.heads_last(tensor) for tensor in (query, key, value))
+        call = Attention(q, k, v, attn_mask, dropout_p, is_causal, scale, unknown)
+        return order.heads_first(attend(operator, running.layer, call, lambda: order.heads_last(stock())), query)
 
     return scaled_dot_product_attention
 

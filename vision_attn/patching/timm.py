@@ -1,4 +1,4 @@
-"""Swapping attention in timm's vision transformers: a module's class is changed to one whose attention call is ours.
+"""Swapping attention in timm's models: a module's class is changed to one whose attention call is ours.
 
 timm has no processors: attention is a module whose `forward` calls `scaled_dot_product_attention`. Its class is swapped
 for a subclass that runs the same code over other globals, and swapped back on removal; parameters, names and hooks of
@@ -11,13 +11,12 @@ import copy
 import copyreg
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from vision_attn.errors import PatchError
-from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.diffusers import Plan, call_module
 from vision_attn.patching.hooks import LayoutFunction, ScopeHook
@@ -27,9 +26,9 @@ from vision_attn.patching.parameters import initial_parameters
 from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Running, attention_calls, replaced_names, with_globals
 from vision_attn.patching.selection import Rule
+from vision_attn.patching.timm_layouts import FAMILIES, WHOLE_MAPS, Served, family_of
+from vision_attn.patching.token_order import ROWS, Rows
 
-# Models whose attention sees the whole map of their `patch_embed`, after `num_prefix_tokens` other tokens.
-CLASSES = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos")
 _POOLING = "it pools the tokens into a few of its own: cross-attention stays dense"
 _UNFUSED = (
     "fused_attn is False, so that it makes no attention call: call "
@@ -47,8 +46,8 @@ def is_timm(target: Any) -> bool:
 def timm_attention(target: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules of a model that compute attention, with their names: those that call it, and those that say so."""
     for name, module in call_module(target).named_modules():
-        stock = _stock_class(module)
-        if attention_calls(stock, "forward") or "Attention" in stock.__name__:
+        named = "Attention" in _stock_class(module).__name__
+        if _calls_attention(module) or (named and not any(map(_calls_attention, module.modules()))):
             yield name.replace("_orig_mod.", ""), module
 
 
@@ -63,15 +62,20 @@ def plan_timm(target: nn.Module, rules: Sequence[Rule], strict: bool) -> Plan:
     Raises:
         PatchError: A family that is not served, a layer that is patched already.
     """
-    backbone = _backbone(target)
-    result = Plan(TimmInstallation(call_module(target), target, Switch(open=True), strict, None))
-    cell = Cell()
+    model = call_module(target)
+    whole_map = _whole_map(model)
+    if whole_map is None and not any(family_of(_stock_class(module)) for _, module in timm_attention(target)):
+        raise PatchError(_refusal(model))
+    result = Plan(TimmInstallation(model, target, Switch(open=True), strict, None))
+    shared = Cell()
+    if whole_map is not None:
+        result.scopes.append((whole_map.embed, whole_map.layout, shared))
     routes: dict[int, Any] = {}
     for name, module in timm_attention(target):
         rule = next((rule for rule in rules if rule.serves("", name)), None)
-        reason = "not selected by layers" if rule is None else _skip_reason(module)
-        if rule is None or reason:
-            result.skipped.append(Skipped(name, reason))
+        served = "not selected by layers" if rule is None else _served(model, module, whole_map)
+        if rule is None or isinstance(served, str):
+            result.skipped.append(Skipped(name, str(served)))
             continue
         if _is_routed(module):
             holder = module.__dict__[_LAYER].operator
@@ -79,11 +83,14 @@ def plan_timm(target: nn.Module, rules: Sequence[Rule], strict: bool) -> Plan:
                 f"patch: each layer must be patched once, got {name!r}, which has {holder}: remove that patch or leave "
                 "the layer out with layers="
             )
+        cell = shared
+        if not isinstance(served, WholeMap):
+            cell = Cell()
+            result.scopes.append((module, served.layout, cell))
         route = routes.setdefault(id(rule.operator), ModuleRoute(rule.operator))
-        stock, initial = type(module), initial_parameters(rule.operator)
-        layer = Layer(name, route, cell, result.installation.switch, stock, strict, initial=initial)
+        stock, initial, order = type(module), initial_parameters(rule.operator), served.order
+        layer = Layer(name, route, cell, result.installation.switch, stock, strict, initial=initial, order=order)
         result.routed.append((module, layer))
-    result.scopes = [(backbone.patch_embed, functools.partial(_layout, prefix=_prefix(backbone)), cell)]
     return result
 
 
@@ -101,46 +108,67 @@ def check_timm_arguments(target: nn.Module, **given: Any) -> None:
             )
 
 
-def _backbone(target: nn.Module) -> Any:
-    """The vision transformer in a model.
+class WholeMap(NamedTuple):
+    """A model whose attention sees the whole map of one embedding.
 
-    Raises:
-        PatchError: There is none.
+    Attributes:
+        model: The vision transformer.
+        embed: The module that embeds its image.
+        layout: What map that makes.
+        order: The order of the map's tokens.
     """
-    for module in call_module(target).modules():
-        if any(cls.__name__ in CLASSES and cls.__module__.startswith("timm.") for cls in type(module).__mro__):
-            return module
-    raise PatchError(
-        f"patch: target must be a timm model of the classes {', '.join(CLASSES)} (DeiT, DINOv2, DINOv3, SigLIP, ...), "
-        f"got {type(call_module(target)).__name__}, whose attention sees no whole map of tokens or is no softmax call"
-    )
+
+    model: nn.Module
+    embed: nn.Module
+    layout: LayoutFunction
+    order: Rows = ROWS
 
 
-def _prefix(backbone: Any) -> int:
-    return int(getattr(backbone, "num_prefix_tokens", 1))
+def _whole_map(model: nn.Module) -> WholeMap | None:
+    """The vision transformer in a model, if there is one."""
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in WHOLE_MAPS and cls.__module__.startswith("timm."):
+                embed, layout = WHOLE_MAPS[cls.__name__]
+                prefix = int(getattr(module, "num_prefix_tokens", 1))
+                return WholeMap(module, getattr(module, embed), functools.partial(layout, prefix=prefix))
+    return None
 
 
-def _layout(embed: Any, arguments: Mapping[str, Any], prefix: int) -> TokenLayout:
-    """The map that a patch embedding makes of its image, behind class and register tokens."""
-    image = arguments["x"]
-    told = getattr(embed, "dynamic_feat_size", None)
-    rows, columns = embed.grid_size if told is None else told((image.shape[-2], image.shape[-1]))
-    return TokenLayout((int(rows), int(columns)), text_before=prefix)
-
-
-def _skip_reason(module: nn.Module) -> str:
+def _served(model: nn.Module, module: nn.Module, whole_map: WholeMap | None) -> Served | WholeMap | str:
+    """How an attention module gets its layout, or why it has none."""
     if "Pool" in type(module).__name__:
         return _POOLING
-    if not attention_calls(_stock_class(module), "forward"):
+    family = family_of(_stock_class(module))
+    served = whole_map if family is None else family(model, module)
+    if isinstance(served, str):
+        return served
+    if not _calls_attention(module):
         return f"{type(module).__name__} makes no attention call that can be routed"
-    return _UNFUSED if getattr(module, "fused_attn", True) is False else ""
+    if getattr(module, "fused_attn", True) is False:
+        return _UNFUSED
+    return "its tokens are on no map that is known here" if served is None else served
+
+
+def _calls_attention(module: nn.Module) -> bool:
+    return bool(attention_calls(_stock_class(module), "forward"))
+
+
+def _refusal(model: nn.Module) -> str:
+    families = sorted({name.rpartition(".")[0] for name in FAMILIES})
+    return (
+        f"patch: target must be a timm model of the classes {', '.join(WHOLE_MAPS)} (DeiT, DINOv2, DINOv3, SigLIP, "
+        f"...) or of {', '.join(families)}, got {type(model).__name__}, whose attention tells no map of tokens or is "
+        "no softmax call"
+    )
 
 
 class TimmInstallation(Installation):
     """The patched layers of a timm model.
 
-    The patch embedding tells the grid, and every way into the model runs it first: `forward_features` and
-    `forward_intermediates`, which no hook of the model sees, are served too. So layouts outlive a forward.
+    The patch embedding tells the grid, and every way into the model runs it first, or each attention module does:
+    `forward_features` and `forward_intermediates`, which no hook of the model sees, are served too. So layouts outlive
+    a forward.
     """
 
     def add(self, module: nn.Module, layer: Layer) -> None:
@@ -151,9 +179,10 @@ class TimmInstallation(Installation):
         self.entries.append(Entry(module, layer, module))
 
     def scope_hook(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> ScopeHook:
-        """The hook of the patch embedding."""
+        """The hook of the patch embedding, or of an attention module that tells its own grid."""
         hook = GridHook(module, layout, cell)
-        hook.backbone = _backbone(self.model)
+        whole_map = _whole_map(self.model)
+        hook.backbone = whole_map.model if whole_map is not None and whole_map.embed is module else None
         return hook
 
     def check(self) -> None:
@@ -173,9 +202,13 @@ class TimmInstallation(Installation):
 
 
 class GridHook(ScopeHook):
-    """The hook of a patch embedding; whether blocks run again in the backward pass is known to the model."""
+    """The hook of what tells a grid.
 
-    backbone: Any
+    Whether blocks run again in the backward pass, without their patch embedding, is known to the model. An attention
+    module that tells its own grid does so again.
+    """
+
+    backbone: nn.Module | None
 
     def checkpointing(self, module: nn.Module) -> bool:
         """Whether the model runs its blocks again in the backward pass."""

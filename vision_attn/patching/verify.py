@@ -74,7 +74,7 @@ def verify(target: Any, *, inputs: Mapping[str, Any] | None = None) -> Verificat
     processors, parameter names and output back. Weights are not changed and the target is left unpatched.
 
     Args:
-        target: A diffusers pipeline or model, or a timm vision transformer.
+        target: A diffusers pipeline or model, or a timm model.
         inputs: For a pipeline, arguments of its call (a prompt and a small size are the default); for a model,
             arguments of its forward. Without them inputs are made up from the model's configuration.
 
@@ -228,6 +228,8 @@ def _token_of_pixel(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[bool |
     query, layout = first
     if name is None or not inputs[name].is_floating_point() or any(_mixes_pixels(part) for part in model.modules()):
         return None, f"not applicable: layout {layout.grid}, {layout.text_before} before, {layout.text_after} after"
+    if len(query) != len(inputs[name]):
+        return None, f"not applicable: attention in parts of the grid {layout.grid}"
     tokens = [tuple(0 for _ in layout.grid), tuple(n - 1 for n in layout.grid), tuple(n // 2 for n in layout.grid)]
     for token in tokens:
         touched = copy.deepcopy(dict(inputs))

@@ -77,10 +77,18 @@ def turned(x):
     return batch
 
 
+def holed(x):
+    batch = patches(x, 5, 7, 35)
+    batch["patch_valid"][1, 20] = False
+    return batch
+
+
+def padded(x):
+    return patches(x, 5, 7, 40)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "batch", [ragged, turned, lambda x: patches(x, 5, 7, 40)], ids=["two sizes", "column by column", "padded"]
-)
+@pytest.mark.parametrize("batch", [ragged, turned, holed, padded])
 def test_other_patches_have_no_grid(batch):
     model, x = make()
     batch = batch(x)

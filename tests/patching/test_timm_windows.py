@@ -122,6 +122,23 @@ def test_gradients_with_and_without_checkpointing(monkeypatch, kind):
         torch.testing.assert_close(plain[name], expected[name], atol=1e-4 * scale, rtol=1e-3, msg=name)
 
 
+def test_grids_of_the_same_length_are_not_confused_in_checkpoints():
+    """Unlike where one embedding tells the grid: modules that tell their own do so in the recomputation too."""
+    model = CASES["pvt"].build()
+    high, wide = torch.randn(1, 3, 160, 96), torch.randn(1, 3, 96, 160)
+
+    def gradients():
+        model.zero_grad()
+        (model(high) + model(wide)).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    with va.patch(model, va.Neighborhood((3, 1))):
+        plain = gradients()
+        model.set_grad_checkpointing()
+        for a, b in zip(plain, gradients(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["swin", "maxvit", "pvt", "hiera"])
 def test_full_graph_compile(kind):
@@ -254,6 +271,11 @@ def test_unfused_attention_is_named():
 
 
 def test_nothing_to_serve_is_named():
+    block = CASES["hiera"].build().blocks[0]
+    with pytest.raises(
+        va.PatchError, match="to route, got none: attn: it is outside of a Hiera, which tells the order"
+    ):
+        va.patch(block, va.Neighborhood(3))
     with torch.device("meta"):
         model = timm.create_model("pvt_v2_b2_li", depths=(1, 1, 1, 1))
     with pytest.raises(va.PatchError, match=f"to route, got none: stages.0.blocks.0.attn: {SMALLER}"):

@@ -172,9 +172,11 @@ def patch(
     use the token grid of the last one. One thread at a time may run a patched model.
 
     Args:
-        target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder; or a timm vision transformer
-            (ViT, DeiT, DINOv2, DINOv3, SigLIP, EVA), also with `features_only=True`. Its class and register tokens see
-            everything and are seen by all. It takes `op`, `layers` and `strict` only.
+        target: A diffusers pipeline, transformer, UNet or LTX-2.5 diffusion video decoder; or a timm model, also with
+            `features_only=True`: a vision transformer (ViT, DeiT, DINOv2, DINOv3, SigLIP, EVA, BEiT, NaFlexViT), whose
+            class and register tokens see everything and are seen by all, or Swin, MaxViT, CoAtNet, DaViT, PVTv2 or
+            Hiera, where the grid of an operator is what one attention sees: a window, a mask unit or the map of a
+            stage. It takes `op`, `layers` and `strict` only.
         op: An operator object such as `va.Clear(radius=8)`; left out when `layers` is a dict. The LTX-2.5 decoder is
             made of neighborhood attention: left out for it, each layer keeps its own window, in linear memory.
         layers: `None` for every self- and joint attention, a glob or list of globs on module names, a predicate on
@@ -187,7 +189,8 @@ def patch(
             graph; an error where the model says another. The image tokens are taken to be the last of the sequence; a
             `TokenLayout` says otherwise.
         strict: Raise when a layer runs outside of a forward of its model (`model.forward(...)` skips the hooks), when a
-            self-attention call cannot go to its operator (a mask it refuses, causal or dropped-out attention), after a
+            self-attention call cannot go to its operator (a mask it refuses, causal or dropped-out attention; windows
+            under a mask or bias that they refuse are computed exactly, but densely, which `Patch.calls` tells), after a
             forward in which a layer's self-attention never had the tokens of its layout or no operator was called at
             all, and when a layer lost its processor to another. With `False` such calls are dense and listed in
             `Patch.calls`. Cross-attention stays dense in both cases.

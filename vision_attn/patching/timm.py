@@ -12,7 +12,7 @@ import copyreg
 import functools
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +27,6 @@ from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Running, attention_calls, replaced_names, with_globals
 from vision_attn.patching.selection import Rule
 from vision_attn.patching.timm_layouts import FAMILIES, WHOLE_MAPS, Served, family_of
-from vision_attn.patching.token_order import ROWS, Rows
 
 _POOLING = "it pools the tokens into a few of its own: cross-attention stays dense"
 _UNFUSED = (
@@ -63,13 +62,11 @@ def plan_timm(target: nn.Module, rules: Sequence[Rule], strict: bool) -> Plan:
         PatchError: A family that is not served, a layer that is patched already.
     """
     model = call_module(target)
-    whole_map = _whole_map(model)
+    _, whole_map = _whole_map(model)
     if whole_map is None and not any(family_of(_stock_class(module)) for _, module in timm_attention(target)):
         raise PatchError(_refusal(model))
     result = Plan(TimmInstallation(model, target, Switch(open=True), strict, None))
-    shared = Cell()
-    if whole_map is not None:
-        result.scopes.append((whole_map.embed, whole_map.layout, shared))
+    cells: dict[nn.Module, Cell] = {}
     routes: dict[int, Any] = {}
     for name, module in timm_attention(target):
         rule = next((rule for rule in rules if rule.serves("", name)), None)
@@ -83,13 +80,15 @@ def plan_timm(target: nn.Module, rules: Sequence[Rule], strict: bool) -> Plan:
                 f"patch: each layer must be patched once, got {name!r}, which has {holder}: remove that patch or leave "
                 "the layer out with layers="
             )
-        cell = shared
-        if not isinstance(served, WholeMap):
-            cell = Cell()
-            result.scopes.append((module, served.layout, cell))
+        scope = module if served.scope is None else served.scope
+        if scope not in cells:
+            cells[scope] = Cell()
+            result.scopes.append((scope, served.layout, cells[scope]))
         route = routes.setdefault(id(rule.operator), ModuleRoute(rule.operator))
         stock, initial, order = type(module), initial_parameters(rule.operator), served.order
-        layer = Layer(name, route, cell, result.installation.switch, stock, strict, initial=initial, order=order)
+        layer = Layer(
+            name, route, cells[scope], result.installation.switch, stock, strict, initial=initial, order=order
+        )
         result.routed.append((module, layer))
     return result
 
@@ -108,34 +107,18 @@ def check_timm_arguments(target: nn.Module, **given: Any) -> None:
             )
 
 
-class WholeMap(NamedTuple):
-    """A model whose attention sees the whole map of one embedding.
-
-    Attributes:
-        model: The vision transformer.
-        embed: The module that embeds its image.
-        layout: What map that makes.
-        order: The order of the map's tokens.
-    """
-
-    model: nn.Module
-    embed: nn.Module
-    layout: LayoutFunction
-    order: Rows = ROWS
-
-
-def _whole_map(model: nn.Module) -> WholeMap | None:
-    """The vision transformer in a model, if there is one."""
+def _whole_map(model: nn.Module) -> tuple[nn.Module, Served] | tuple[None, None]:
+    """The vision transformer in a model, if there is one, and the map that all of its attention sees."""
     for module in model.modules():
         for cls in type(module).__mro__:
             if cls.__name__ in WHOLE_MAPS and cls.__module__.startswith("timm."):
                 embed, layout = WHOLE_MAPS[cls.__name__]
                 prefix = int(getattr(module, "num_prefix_tokens", 1))
-                return WholeMap(module, getattr(module, embed), functools.partial(layout, prefix=prefix))
-    return None
+                return module, Served(functools.partial(layout, prefix=prefix), scope=getattr(module, embed))
+    return None, None
 
 
-def _served(model: nn.Module, module: nn.Module, whole_map: WholeMap | None) -> Served | WholeMap | str:
+def _served(model: nn.Module, module: nn.Module, whole_map: Served | None) -> Served | str:
     """How an attention module gets its layout, or why it has none."""
     if "Pool" in type(module).__name__:
         return _POOLING
@@ -181,8 +164,8 @@ class TimmInstallation(Installation):
     def scope_hook(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> ScopeHook:
         """The hook of the patch embedding, or of an attention module that tells its own grid."""
         hook = GridHook(module, layout, cell)
-        whole_map = _whole_map(self.model)
-        hook.backbone = whole_map.model if whole_map is not None and whole_map.embed is module else None
+        backbone, whole_map = _whole_map(self.model)
+        hook.backbone = backbone if whole_map is not None and whole_map.scope is module else None
         return hook
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ A family is a line in one of two tables:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,12 @@ class Served(NamedTuple):
     Attributes:
         layout: `layout(module, arguments of its forward by name)` gives the token layout of its attention call.
         order: The order of the call's tokens.
+        scope: The module that `layout` asks, `None` for the attention module itself.
     """
 
     layout: LayoutFunction
     order: Rows = ROWS
+    scope: nn.Module | None = None
 
 
 Family = Callable[[nn.Module, Any], "Served | str"]
@@ -96,7 +98,10 @@ def _mask_units(model: nn.Module, module: Any) -> Served | str:
     """Hiera: a mask unit, or the whole map of the stage; the tokens keep the order of poolings to come."""
     if module.q_stride > 1:
         return "its queries are pooled: no self-attention, stays dense"
-    strides, size = _poolings_to_come(model, module)
+    told = _poolings_to_come(model, module)
+    if told is None:
+        return "it is outside of a Hiera, which tells the order of its tokens"
+    strides, size = told
     orders = [Unrolled(strides[:count]) for count in range(1, len(strides) + 1)]
     if module.use_mask_unit_attn:
         orders = [order for order in orders if math.prod(order.grid) == module.window_size]
@@ -108,13 +113,17 @@ def _mask_units(model: nn.Module, module: Any) -> Served | str:
     return Served(lambda module, arguments: TokenLayout(orders[0].grid), orders[0])
 
 
-def _poolings_to_come(model: nn.Module, module: nn.Module) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+def _poolings_to_come(model: Any, module: nn.Module) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] | None:
     """The strides by which Hiera's tokens are unrolled at an attention module, and the size of the map there."""
-    holders: Iterator[Any] = (part for part in model.modules() if hasattr(part, "reroll"))
-    hiera, place = next((part, i) for part in holders for i, block in enumerate(part.blocks) if block.attn is module)
-    schedule, size = hiera.reroll.schedule[place]
-    return tuple(tuple(stride) for stride in schedule), tuple(size)
+    for hiera in (part for part in model.modules() if hasattr(part, "reroll")):
+        for place, block in enumerate(hiera.blocks):
+            if block.attn is module:
+                schedule, size = hiera.reroll.schedule[place]
+                return tuple(tuple(stride) for stride in schedule), tuple(size)
+    return None
 
+
+_CHANNELS = "it attends channels, not tokens: no map"
 
 FAMILIES: dict[str, Family] = {
     "timm.models.swin_transformer.WindowAttention": lambda model, module: Served(_window),
@@ -126,7 +135,6 @@ FAMILIES: dict[str, Family] = {
     "timm.models.pvt_v2.Attention": _pyramid,
     "timm.models.hiera.MaskUnitAttention": _mask_units,
 }
-_CHANNELS = "it attends channels, not tokens: no map"
 
 
 def family_of(attention: type) -> Family | None:

@@ -17,7 +17,8 @@ def register_operator(name: str) -> Callable[[T], T]:
 
     The class needs `__call__(query, key, value, layout, scale=None)` on `[B, S, H, D]`. `mask(layout)` and
     `cost(layout, heads, head_dim)` are optional: without them the operator counts as "no masked softmax" and as of
-    unknown cost. `str(operator)` becomes the text that `parse` reads.
+    unknown cost. One with a mask promises to be the softmax of scaled scores over what its mask shows: `patch` computes
+    it so, densely, in calls with a bias that `__call__` refuses. `str(operator)` becomes the text that `parse` reads.
 
     Args:
         name: Lower-case identifier, used in `parse` and on the command line.

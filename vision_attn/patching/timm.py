@@ -164,8 +164,7 @@ class TimmInstallation(Installation):
     def scope_hook(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> ScopeHook:
         """The hook of the patch embedding, or of an attention module that tells its own grid."""
         hook = GridHook(module, layout, cell)
-        backbone, whole_map = _whole_map(self.model)
-        hook.backbone = backbone if whole_map is not None and whole_map.scope is module else None
+        hook.backbone, _ = _whole_map(self.model)
         return hook
 
     def check(self) -> None:

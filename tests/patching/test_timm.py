@@ -290,3 +290,14 @@ def test_verify(kind):
     moved = next(check for check in report.checks if check.name == "a pixel moves its token")
     assert moved.passed
     assert f"grid (5, 7), {PREFIX.get(kind, 0)} before" in moved.detail
+
+
+def test_verify_with_a_bias_per_head():
+    changes = {"embed_dim": 96, "num_heads": 4, "img_size": (80, 112), "init_values": 1.0}
+    report = va.verify(timm.create_model("beit_base_patch16_224", depth=2, **changes))
+    assert "2 of 2 layers by the operator" in str(report)
+
+
+def test_verify_refuses_by_name():
+    with pytest.raises(va.PatchError, match="got ResNet, whose attention tells no map of tokens"):
+        va.verify(timm.create_model("resnet18"))

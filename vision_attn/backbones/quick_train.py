@@ -30,7 +30,7 @@ from vision_attn.patching import patch
 
 BATCH = 32
 LEARNING_RATE, WEIGHT_DECAY, WARMUP = 1.5e-3, 0.05, 0.1
-EPOCHS = {"shapes": 8, "digits": 30}
+EPOCHS = {"shapes": 5, "digits": 30}
 MOVED_PX = 4
 
 

@@ -103,7 +103,7 @@ def test_patches_of_all_sizes_share_their_centres():
 def test_every_second_block_is_long():
     with torch.device("meta"):
         model = timm.create_model("va_crossformer_tiny")
-    found = [[block.attn.long for block in layer["blocks"]] for layer in model.layers]
+    found = [[block.attn.long for block in layer.blocks] for layer in model.layers]
     assert found == [[False], [False], 4 * [False, True], 3 * [False, True]]
 
 

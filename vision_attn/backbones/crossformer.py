@@ -15,7 +15,15 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from vision_attn.backbones.pyramid import Pyramid, default_cfg, drop_path_rates, initialise, register, released_weights
+from vision_attn.backbones.pyramid import (
+    Level,
+    LevelPyramid,
+    default_cfg,
+    drop_path_rates,
+    initialise,
+    register,
+    released_weights,
+)
 
 # Sides of the patches that make one token, of the image and between stages; the first is the step between tokens.
 PATCHES, MERGED = (4, 8, 16, 32), (2, 4)
@@ -187,7 +195,7 @@ def _cross_scale(channels: int, dim: int, sides: Sequence[int]) -> nn.ModuleList
     )
 
 
-class CrossFormer(Pyramid):
+class CrossFormer(LevelPyramid):
     """CrossFormer, for images of any size.
 
     Args:
@@ -207,6 +215,8 @@ class CrossFormer(Pyramid):
     Raises:
         ValueError: a number that does not fit the others; an image too small for its stages.
     """
+
+    level_list = "layers"
 
     def __init__(
         self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", embed_dim: int = 96,
@@ -228,49 +238,16 @@ class CrossFormer(Pyramid):
                 attn_drop=attn_drop_rate, proj_drop=proj_drop_rate,
             )  # fmt: skip
             blocks = [block(drop_path=rate, long=place % 2 == 1) for place, rate in enumerate(rates)]
-            layer = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
-            if index + 1 < len(dims):
-                layer["downsample"] = CrossScaleMerging(dims[index])
-            self.layers.append(layer)
-        self.norm: nn.Module = nn.LayerNorm(dims[-1])
+            self.layers.append(Level(blocks, CrossScaleMerging(dims[index]) if index + 1 < len(dims) else None))
+        self.norm = nn.LayerNorm(dims[-1])
         self.apply(initialise)
 
     def stage(self, index: int, x: Tensor) -> Tensor:
         """One stage, `[B, channels, Y, X]` to the same kind of map."""
-        if index == 0:
-            self._check_images(x)
-            x = self.patch_embed(x)
-        else:
-            x = self._layer(index - 1)["downsample"](x.permute(0, 2, 3, 1))
-        for block in self._layer(index)["blocks"]:
-            x = self.call_block(block, x)
-        return x.permute(0, 3, 1, 2)
-
-    def _layer(self, index: int) -> Any:
-        return self.layers[index]
-
-    def _check_images(self, x: Tensor) -> None:
         least = 4 * 2 ** (self.num_stages - 1)
-        if min(x.shape[2:]) < least:
+        if index == 0 and min(x.shape[2:]) < least:
             raise ValueError(f"CrossFormer: x must have at least {least} rows and columns, got {tuple(x.shape[2:])}")
-
-    def finish(self, x: Tensor) -> Tensor:
-        """The last map with a norm."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def drop_stages(self, kept: int) -> None:
-        """Delete the parameters of the stages after so many."""
-        if kept < len(self.layers):
-            self.layers = self.layers[:kept]
-            self._layer(-1).pop("downsample")
-            self.norm = nn.Identity()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters from the image to the classifier."""
-        blocks = [(r"^layers\.(\d+)", None)] if coarse else [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (99,)), (r"^norm", (99999,)),
-        ]  # fmt: skip
-        return {"stem": r"^patch_embed", "blocks": blocks}
+        return super().stage(index, x)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CrossFormer) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 from torchvision.ops import deform_conv2d
 
-from vision_attn.backbones.pyramid import Level, Pyramid, default_cfg, drop_path_rates, initialise, register
+from vision_attn.backbones.pyramid import Level, LevelPyramid, default_cfg, drop_path_rates, initialise, register
 from vision_attn.layout import TokenLayout
 from vision_attn.operators.hilo import HiLo
 
@@ -191,7 +191,7 @@ class TokenMerging(nn.Module):
         return merged.permute(0, 2, 3, 1)
 
 
-class LITv2(Pyramid):
+class LITv2(LevelPyramid):
     """A vision transformer of less attention: none in the early stages, HiLo in the late ones.
 
     Args:
@@ -212,6 +212,8 @@ class LITv2(Pyramid):
     Raises:
         ValueError, TypeError: a number that does not fit the others.
     """
+
+    level_list = "layers"
 
     def __init__(
         self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", embed_dim: int = 96,
@@ -235,39 +237,8 @@ class LITv2(Pyramid):
             )
             blocks = [block(drop_path=rate) for rate in rates]
             self.layers.append(Level(blocks, TokenMerging(dims[index]) if index + 1 < len(dims) else None))
-        self.norm: nn.Module = nn.LayerNorm(dims[-1])
+        self.norm = nn.LayerNorm(dims[-1])
         self.apply(initialise)
-
-    def stage(self, index: int, x: Tensor) -> Tensor:
-        """One stage, `[B, channels, Y, X]` to the same kind of map."""
-        if index == 0:
-            x = self.patch_embed(x)
-        else:
-            x = self._level(index - 1).downsample(x.permute(0, 2, 3, 1))
-        for block in self._level(index).blocks:
-            x = self.call_block(block, x)
-        return x.permute(0, 3, 1, 2)
-
-    def _level(self, index: int) -> Any:
-        return self.layers[index]
-
-    def finish(self, x: Tensor) -> Tensor:
-        """The last map with a norm."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def drop_stages(self, kept: int) -> None:
-        """Delete the parameters of the stages after so many."""
-        if kept < len(self.layers):
-            self.layers = self.layers[:kept]
-            self._level(-1).downsample = None
-            self.norm = nn.Identity()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters from the image to the classifier."""
-        blocks = [(r"^layers\.(\d+)", None)] if coarse else [
-            (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (99,)), (r"^norm", (99999,)),
-        ]  # fmt: skip
-        return {"stem": r"^patch_embed", "blocks": blocks}
 
 
 _SIZES: dict[str, dict[str, Any]] = {

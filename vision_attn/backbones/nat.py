@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vision_attn.backbones.pyramid import Level, Pyramid, default_cfg, drop_path_rates, initialise, register
+from vision_attn.backbones.pyramid import Level, LevelPyramid, default_cfg, drop_path_rates, initialise, register
 
 # Gathered keys and values of a piece of rows hold at most so many elements.
 _GATHERED = 2**24
@@ -159,7 +159,7 @@ class Downsampler(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class NeighborhoodTransformer(Pyramid):
+class NeighborhoodTransformer(LevelPyramid):
     """NAT; with dilations, DiNAT.
 
     Args:
@@ -203,43 +203,12 @@ class NeighborhoodTransformer(Pyramid):
             dilated = (dilations[index] if place % 2 else 1 for place in range(len(rates)))
             blocks = [block(dilation=dilation, drop_path=rate) for dilation, rate in zip(dilated, rates, strict=True)]
             self.levels.append(Level(blocks, Downsampler(dims[index]) if index + 1 < len(dims) else None))
-        self.norm: nn.Module = nn.LayerNorm(dims[-1])
+        self.norm = nn.LayerNorm(dims[-1])
         self.apply(initialise)
-
-    def stage(self, index: int, x: Tensor) -> Tensor:
-        """One stage, `[B, channels, Y, X]` to the same kind of map."""
-        if index == 0:
-            x = self.patch_embed(x)
-        else:
-            x = self._level(index - 1).downsample(x.permute(0, 2, 3, 1))
-        for block in self._level(index).blocks:
-            x = self.call_block(block, x)
-        return x.permute(0, 3, 1, 2)
-
-    def _level(self, index: int) -> Any:
-        return self.levels[index]
-
-    def finish(self, x: Tensor) -> Tensor:
-        """The last map with a norm."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def drop_stages(self, kept: int) -> None:
-        """Delete the parameters of the stages after so many."""
-        if kept < len(self.levels):
-            self.levels = self.levels[:kept]
-            self._level(-1).downsample = None
-            self.norm = nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: position biases."""
         return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters from the image to the classifier."""
-        blocks = [(r"^levels\.(\d+)", None)] if coarse else [
-            (r"^levels\.(\d+)\.blocks\.(\d+)", None), (r"^levels\.(\d+)\.downsample", (99,)), (r"^norm", (99999,)),
-        ]  # fmt: skip
-        return {"stem": r"^patch_embed", "blocks": blocks}
 
 
 _SIZES: dict[str, dict[str, Any]] = {

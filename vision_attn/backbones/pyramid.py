@@ -138,6 +138,46 @@ class Level(nn.Module):
         self.downsample = downsample
 
 
+class LevelPyramid(Pyramid):
+    """A pyramid whose maps are `[B, Y, X, C]` inside.
+
+    Subclasses make `patch_embed`, which takes an image, a list of `Level` under the name `level_list`, and `norm`.
+    """
+
+    level_list = "levels"
+    patch_embed: nn.Module
+    norm: nn.Module
+
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """One stage, `[B, channels, Y, X]` to the same kind of map."""
+        x = self.patch_embed(x) if index == 0 else self._level(index - 1).downsample(x.permute(0, 2, 3, 1))
+        for block in self._level(index).blocks:
+            x = self.call_block(block, x)
+        return x.permute(0, 3, 1, 2)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last map with a norm."""
+        normed: Tensor = self.norm(x.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
+
+    def drop_stages(self, kept: int) -> None:
+        """Delete the parameters of the stages after so many."""
+        levels: Any = getattr(self, self.level_list)
+        if kept < len(levels):
+            setattr(self, self.level_list, levels[:kept])
+            self._level(-1).downsample = None
+            self.norm = nn.Identity()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters from the image to the classifier."""
+        level = rf"^{self.level_list}\.(\d+)"
+        fine = [(rf"{level}\.blocks\.(\d+)", None), (rf"{level}\.downsample", (99,)), (r"^norm", (99999,))]
+        return {"stem": r"^patch_embed", "blocks": [(level, None)] if coarse else fine}
+
+    def _level(self, index: int) -> Any:
+        return getattr(self, self.level_list)[index]
+
+
 def _classifier(features: int, classes: int) -> nn.Module:
     return nn.Linear(features, classes) if classes > 0 else nn.Identity()
 

@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use: they are for models, and not every user of an operator has diffusers installed.
 _LAZY = dict.fromkeys(("Patch", "patch", "unpatch", "verify"), "vision_attn.patching")
-_SUBMODULES = ("simulator",)
+_SUBMODULES = ("guidance", "simulator")
 
 __all__ = [
     "LSDA",
@@ -57,6 +57,7 @@ __all__ = [
     "backends",
     "block_sparse_attention",
     "clear_attention",
+    "guidance",
     "merge_attention",
     "na1d",
     "na2d",

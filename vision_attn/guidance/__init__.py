@@ -1,0 +1,30 @@
+"""Compositional guidance: what a prompt's phrases mean for attention, measured and steered."""
+
+from vision_attn.guidance.losses import (
+    attend_and_excite_loss,
+    jensen_shannon_loss,
+    overlap,
+    retention_loss,
+    segregation_loss,
+    symmetric_kl_loss,
+)
+from vision_attn.guidance.maps import binarize, concept_maps, smoothed
+from vision_attn.guidance.phrases import Phrase, noun_chunks_of, noun_phrases
+from vision_attn.guidance.tokens import align, token_groups
+
+__all__ = [
+    "Phrase",
+    "align",
+    "attend_and_excite_loss",
+    "binarize",
+    "concept_maps",
+    "jensen_shannon_loss",
+    "noun_chunks_of",
+    "noun_phrases",
+    "overlap",
+    "retention_loss",
+    "segregation_loss",
+    "smoothed",
+    "symmetric_kl_loss",
+    "token_groups",
+]

@@ -10,10 +10,12 @@ from vision_attn.guidance.losses import (
 )
 from vision_attn.guidance.maps import binarize, concept_maps, smoothed
 from vision_attn.guidance.phrases import Phrase, noun_chunks_of, noun_phrases
+from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddings, value_context
 from vision_attn.guidance.tokens import align, token_groups
 
 __all__ = [
     "Phrase",
+    "StructuredEmbeds",
     "align",
     "attend_and_excite_loss",
     "binarize",
@@ -25,6 +27,8 @@ __all__ = [
     "retention_loss",
     "segregation_loss",
     "smoothed",
+    "structured_embeddings",
     "symmetric_kl_loss",
     "token_groups",
+    "value_context",
 ]

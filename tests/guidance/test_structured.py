@@ -1,0 +1,215 @@
+"""Structured Diffusion Guidance: values of the released code, what changes nothing, and what must be refused."""
+
+import pathlib
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import vision_attn as va
+from vision_attn.guidance import structured_embeddings, token_groups, value_context
+from vision_attn.shapes.model import build_clip_tokenizer
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden/structured.npz")
+PROMPT = "a red circle and a blue square"
+
+
+class Denoiser(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attn2 = Attention(32, cross_attention_dim=24, heads=4, dim_head=8, **options).double()
+
+    def forward(self, x, text):
+        return self.attn2(x, encoder_hidden_states=text)
+
+
+@torch.no_grad()
+def test_the_mean_of_values_is_the_released_attention():
+    prefix = "one_key_four_values_B2/"
+    case = {
+        name.removeprefix(prefix): torch.from_numpy(array) for name, array in GOLDEN.items() if name.startswith(prefix)
+    }
+    weights = {name.removeprefix("w/"): array for name, array in case.items() if name.startswith("w/")}
+    model = Denoiser()
+    model.attn2.load_state_dict(weights)
+    text = torch.cat([case["uc"], case["k"][0]])
+    with value_context(model, case["v"].mean(0)):
+        output = model(case["x"], text)
+    torch.testing.assert_close(output, case["y"], atol=1e-10, rtol=0)
+    assert not torch.allclose(model(case["x"], text), output)
+
+
+def text_encoder(kind, width, seed):
+    torch.manual_seed(seed)
+    tokenizer = build_clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def parts(width):
+    torch.manual_seed(0)
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    size = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 2}
+    return blocks | size | {"cross_attention_dim": width}
+
+
+def scheduler():
+    return diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+
+
+def autoencoder():
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), latent_channels=4,
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sd():
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=autoencoder(), text_encoder=text_encoder(CLIPTextModel, 16, 1), tokenizer=build_clip_tokenizer(),
+        unet=diffusers.UNet2DConditionModel(**parts(16)), scheduler=scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def sdxl():
+    unet = diffusers.UNet2DConditionModel(
+        **parts(32), addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 16,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder(), text_encoder=text_encoder(CLIPTextModel, 16, 1), tokenizer=build_clip_tokenizer(),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 16, 2), tokenizer_2=build_clip_tokenizer(), unet=unet,
+        scheduler=scheduler(), add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def pipe(request):
+    return request.getfixturevalue(request.param)
+
+
+def draw(pipe, **options):
+    defaults = {"prompt": PROMPT, "height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
+    return pipe(**{**defaults, **options}, generator=torch.Generator().manual_seed(0)).images
+
+
+def test_values_of_each_mode(pipe):
+    key, value = structured_embeddings(pipe, PROMPT)
+
+    def encode(text):
+        return pipe.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+
+    whole, square = encode(PROMPT), encode("a blue square")
+    (group,) = token_groups(pipe.tokenizer, PROMPT, ["a blue square"])
+    assert torch.equal(key, whole)
+    others = [place for place in range(24) if place not in group]
+    torch.testing.assert_close(value[:, others], whole[:, others])
+    # Of three sequences one has the square alone; the first phrase is the prompt's own beginning.
+    torch.testing.assert_close(value[:, group], (2 * whole[:, group] + square[:, 1:4]) / 3)
+    for mode in ("covering", "replace"):
+        value = structured_embeddings(pipe, PROMPT, mode=mode).value_embeds
+        torch.testing.assert_close(value[:, group], square[:, 1:4])
+        torch.testing.assert_close(value[:, others], whole[:, others])
+        half = structured_embeddings(pipe, PROMPT, mode=mode, strength=0.5).value_embeds
+        torch.testing.assert_close(half, (value + whole) / 2)
+
+
+def test_nested_phrases(sd):
+    nested = ["a red circle and a blue square", "a blue square", "blue square"]
+    (group,) = token_groups(sd.tokenizer, PROMPT, ["blue square"])
+    alone = [sd.encode_prompt(text, "cpu", 1, False)[0] for text in nested]
+    places = [slice(group[0], group[-1] + 1), slice(2, 4), slice(1, 3)]
+    own = [embeds[:, place] for embeds, place in zip(alone, places, strict=True)]
+    covering = structured_embeddings(sd, PROMPT, nested, mode="covering").value_embeds
+    torch.testing.assert_close(covering[:, group], torch.stack(own).mean(0))
+    replace = structured_embeddings(sd, PROMPT, nested, mode="replace").value_embeds
+    torch.testing.assert_close(replace[:, group], own[2])
+
+
+@torch.no_grad()
+def test_what_changes_nothing_is_bit_identical(pipe):
+    stock = draw(pipe)
+    key, value = structured_embeddings(pipe, PROMPT)
+    for same in (key, structured_embeddings(pipe, PROMPT, strength=0).value_embeds):
+        with value_context(pipe.unet, same):
+            assert torch.equal(draw(pipe), stock)
+    with value_context(pipe.unet, value):
+        assert not torch.equal(draw(pipe), stock)
+    assert torch.equal(draw(pipe), stock)
+    first = structured_embeddings(pipe, PROMPT, ["a red circle"], mode="replace")
+    torch.testing.assert_close(first.value_embeds, first.key_embeds, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_only_conditional_rows_change_and_patches_go_on(sd):
+    value = structured_embeddings(sd, PROMPT, mode="replace").value_embeds
+    seen = []
+    sample, text = torch.randn(2, 4, 8, 12), torch.randn(2, 24, 16)
+    stock = sd.unet(sample, 1, text).sample
+    with value_context(sd.unet, value), va.patch(sd.unet, va.Neighborhood(3)) as patch:
+        sd.unet(sample, 1, text)
+        assert {call.kind for calls in patch.calls.values() for call in calls} == {"operator"}
+    with value_context(sd.unet, value):
+        seen = sd.unet(sample, 1, text).sample
+    assert torch.equal(seen[0], stock[0])
+    assert not torch.equal(seen[1], stock[1])
+
+
+def test_without_phrases_of_several_words_nothing_is_mixed(sd):
+    key, value = structured_embeddings(sd, "circle and star")
+    assert value is key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mode": "mean"}, ValueError, "mode must be one of paper, covering, replace, got 'mean'"),
+        ({"strength": 2}, ValueError, "strength must be from 0 to 1, got 2"),
+        ({"strength": True}, TypeError, "strength must be a number, got True"),
+        ({"phrases": ["a green star"]}, ValueError, r"phrases must be in the prompt .* got 'a green star'"),
+    ],
+)
+def test_mistakes(sd, arguments, error, message):
+    with pytest.raises(error, match=message):
+        structured_embeddings(sd, PROMPT, **arguments)
+
+
+def test_other_pipelines_are_refused():
+    message = r"a Stable Diffusion pipeline with a UNet, got Tensor: .*\(FLUX, SD3"
+    with pytest.raises(NotImplementedError, match=message):
+        structured_embeddings(torch.zeros(1), PROMPT)
+
+
+def enter(module, value):
+    with value_context(module, value):
+        if isinstance(module, diffusers.UNet2DConditionModel):
+            module(torch.randn(2, 4, 8, 12), 1, torch.randn(2, 24, 16))
+
+
+def test_text_and_attention_that_do_not_fit(sd):
+    with pytest.raises(ValueError, match="unet must have cross-attention, got Linear without attn2"):
+        enter(torch.nn.Linear(2, 2), torch.zeros(1, 24, 16))
+    with pytest.raises(ValueError, match=r"last rows of text of shape \(2, 24, 16\), got \(3, 24, 16\)"):
+        enter(sd.unet, torch.zeros(3, 24, 16))
+    with pytest.raises(NotImplementedError, match="got a norm of the text in 'attn2'"):
+        enter(Denoiser(cross_attention_norm="layer_norm"), torch.zeros(1, 24, 16))
+    sd.unet.fuse_qkv_projections()
+    with pytest.raises(NotImplementedError, match=r"got fused projections in 'down_blocks.0"):
+        enter(sd.unet, torch.zeros(1, 24, 16))

@@ -1,0 +1,198 @@
+"""Structured Diffusion Guidance: phrases encoded alone lend their values to cross-attention.
+
+A causal text encoder lets the words of a prompt leak into all later ones: the sheep of "a red car and a white sheep" is
+a little red. Encoded alone, "a white sheep" is not. Keys stay the whole prompt's, so that attention looks where it
+looked; values come from a mixture of the prompt and of its phrases, each in its place.
+
+The paper runs one attention per phrase and averages the outputs; attention is linear in its values, so that one
+attention with the mean of the values is the same, at no cost to the denoiser.
+
+Source: arXiv 2212.05032, section 3, and its released code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.guidance.phrases import Phrase, find_phrases
+from vision_attn.guidance.tokens import align, token_groups
+
+MODES = ("paper", "covering", "replace")
+_REFUSED = ("transformer", "transformer_2", "prior")
+
+
+class StructuredEmbeds(NamedTuple):
+    """Text for cross-attention.
+
+    Attributes:
+        key_embeds: `[1, T, C]`, the prompt's encoding.
+        value_embeds: `[1, T, C]`, the same with the phrases' own encodings mixed in.
+    """
+
+    key_embeds: Tensor
+    value_embeds: Tensor
+
+
+def structured_embeddings(
+    pipe: Any,
+    prompt: str,
+    phrases: Any = None,
+    mode: str = "paper",
+    strength: float = 1.0,
+    *,
+    clip_skip: int | None = None,
+) -> StructuredEmbeds:
+    """Keys and values of a prompt for the UNet of a Stable Diffusion pipeline.
+
+    Args:
+        pipe: A pipeline of SD 1, SD 2 or SDXL.
+        prompt: One prompt.
+        phrases: Texts, offsets, `Phrase`s or a function of the prompt; None for its noun phrases of several words. A
+            phrase at the very beginning changes nothing: the encoder is causal.
+        mode: What the values are. `"paper"`: the mean of the prompt's and of each phrase's sequence, so that k phrases
+            have a weight of `1 / (k + 1)` each. `"covering"`: a phrase's tokens are the mean of the phrases that cover
+            them, others are the prompt's. `"replace"`: as that, but the last phrase that covers a token wins, the inner
+            one of nested phrases.
+        strength: Share of that mixture, 0 to 1; the prompt's encoding has the rest.
+        clip_skip: As the pipeline's.
+
+    Returns:
+        `(key_embeds, value_embeds)`, both in the encoder's dtype.
+
+    Raises:
+        NotImplementedError: a pipeline whose text goes through the denoiser's own layers (FLUX, SD3, ...).
+        ValueError, TypeError: an unknown mode, a strength out of range, a phrase that the prompt lacks or that lies
+            beyond what the encoder reads.
+
+    Source: arXiv 2212.05032, equations 2 to 5; `"covering"`, `"replace"` and `strength` are ours.
+    """
+    _check(pipe, mode, strength)
+    words = find_phrases(prompt, phrases)
+    if phrases is None:
+        words = [phrase for phrase in words if len(phrase.text.split()) > 1]
+    whole = _encoded(pipe, prompt, clip_skip)
+    groups = _groups(pipe, prompt, words)
+    alone = [_encoded(pipe, phrase.text, clip_skip) for phrase in words]
+    if not alone:
+        return StructuredEmbeds(whole, whole)
+    aligned = align(whole, alone, groups)
+    mixed = {"paper": _mean, "covering": _covering, "replace": _replaced}[mode](whole, aligned, groups)
+    value = mixed if strength == 1 else torch.lerp(whole, mixed, strength)
+    return StructuredEmbeds(whole, value)
+
+
+def _mean(whole: Tensor, aligned: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    return torch.stack([whole, *aligned]).mean(0)
+
+
+def _covering(whole: Tensor, aligned: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    value = whole.clone()
+    for place in sorted({place for group in groups for place in group}):
+        own = [tensor[:, place] for tensor, group in zip(aligned, groups, strict=True) if place in group]
+        value[:, place] = torch.stack(own).mean(0)
+    return value
+
+
+def _replaced(whole: Tensor, aligned: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    value = whole.clone()
+    for tensor, group in zip(aligned, groups, strict=True):
+        value[:, group] = tensor[:, group]
+    return value
+
+
+def _check(pipe: Any, mode: str, strength: float) -> None:
+    parts = getattr(pipe, "components", {})
+    if any(isinstance(parts.get(name), nn.Module) for name in _REFUSED) or "unet" not in parts:
+        raise NotImplementedError(
+            f"structured_embeddings: pipe must be a Stable Diffusion pipeline with a UNet, got {type(pipe).__name__}: "
+            "where text passes through the denoiser's own layers (FLUX, SD3, ...) there are no keys and values of the "
+            "encoder's to tell apart"
+        )
+    if mode not in MODES:
+        raise ValueError(f"structured_embeddings: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise TypeError(f"structured_embeddings: strength must be a number, got {strength!r}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"structured_embeddings: strength must be from 0 to 1, got {strength}")
+
+
+@torch.no_grad()
+def _encoded(pipe: Any, text: str, clip_skip: int | None) -> Tensor:
+    """`[1, T, C]` as the pipeline itself encodes a prompt."""
+    device = getattr(pipe, "_execution_device", pipe.device)
+    embeds: Tensor = pipe.encode_prompt(
+        prompt=text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, clip_skip=clip_skip
+    )[0]
+    return embeds
+
+
+def _groups(pipe: Any, prompt: str, phrases: Sequence[Phrase]) -> list[list[int]]:
+    groups = token_groups(pipe.tokenizer, prompt, phrases)
+    second = getattr(pipe, "tokenizer_2", None)
+    if second is not None and token_groups(second, prompt, phrases) != groups:
+        raise ValueError(
+            f"structured_embeddings: both tokenizers of {type(pipe).__name__} must divide the prompt alike, got "
+            f"{groups} and {token_groups(second, prompt, phrases)}"
+        )
+    return groups
+
+
+@contextlib.contextmanager
+def value_context(unet: nn.Module, value_embeds: Tensor) -> Iterator[None]:
+    """Have the cross-attention of a UNet take its values from another text than its keys.
+
+    The projection to values gets other inputs, and nothing else changes: processors, backends, adapters and patches go
+    on as they are. With the keys' own text the output is the same bit for bit.
+
+    Args:
+        unet: `UNet2DConditionModel`.
+        value_embeds: `[B, T, C]`: of the last B rows of a call, which are the conditional ones of classifier-free
+            guidance; rows before them keep their text.
+
+    Raises:
+        ValueError: at the call, text of another shape.
+        NotImplementedError: fused projections, or a norm between text and projections.
+    """
+    handles = []
+    try:
+        for name, module in unet.named_modules():
+            if not name.endswith("attn2") or not hasattr(module, "to_v"):
+                continue
+            _check_attention(name, module)
+            hook = _ValueHook(value_embeds)
+            handles.append(module.to_v.register_forward_pre_hook(hook))
+        if not handles:
+            raise ValueError(f"value_context: unet must have cross-attention, got {type(unet).__name__} without attn2")
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ValueHook:
+    def __init__(self, value_embeds: Tensor) -> None:
+        self.value_embeds = value_embeds
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        text, value = args[0], self.value_embeds
+        if text.shape[1:] != value.shape[1:] or text.shape[0] % value.shape[0] or text.shape[0] > 2 * value.shape[0]:
+            raise ValueError(
+                f"value_context: value_embeds must be the last rows of text of shape {tuple(text.shape)}, got "
+                f"{tuple(value.shape)}: give one row per image"
+            )
+        value = value.to(text)
+        return (torch.cat([text[: text.shape[0] - value.shape[0]], value]), *args[1:])
+
+
+def _check_attention(name: str, attention: Any) -> None:
+    problem = "fused projections" if getattr(attention, "fused_projections", False) else ""
+    problem = problem or ("a norm of the text" if getattr(attention, "norm_cross", None) is not None else "")
+    if problem:
+        raise NotImplementedError(
+            f"value_context: cross-attention must project keys and values of the text apart, got {problem} in {name!r}"
+        )

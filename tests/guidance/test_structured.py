@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tiny_pipelines import make_sd, make_sdxl
 
 import vision_attn as va
 from vision_attn.guidance import structured_embeddings, token_groups, value_context
-from vision_attn.shapes.model import build_clip_tokenizer
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden/structured.npz")
 PROMPT = "a red circle and a blue square"
@@ -42,67 +41,14 @@ def test_the_mean_of_values_is_the_released_attention():
     assert not torch.allclose(model(case["x"], text), output)
 
 
-def text_encoder(kind, width, seed):
-    torch.manual_seed(seed)
-    tokenizer = build_clip_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return kind(config).eval()
-
-
-def parts(width):
-    torch.manual_seed(0)
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    size = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 2}
-    return blocks | size | {"cross_attention_dim": width}
-
-
-def scheduler():
-    return diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-
-
-def autoencoder():
-    return diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), latent_channels=4,
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-    )  # fmt: skip
-
-
 @pytest.fixture
 def sd():
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(CLIPTextModel, 16, 1), tokenizer=build_clip_tokenizer(),
-        unet=diffusers.UNet2DConditionModel(**parts(16)), scheduler=scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return make_sd()
 
 
-@pytest.fixture
-def sdxl():
-    unet = diffusers.UNet2DConditionModel(
-        **parts(32), addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
-    )  # fmt: skip
-    pipe = diffusers.StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(CLIPTextModel, 16, 1), tokenizer=build_clip_tokenizer(),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 16, 2), tokenizer_2=build_clip_tokenizer(), unet=unet,
-        scheduler=scheduler(), add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(params=["sd", "sdxl"])
+@pytest.fixture(params=[make_sd, make_sdxl], ids=["sd", "sdxl"])
 def pipe(request):
-    return request.getfixturevalue(request.param)
+    return request.param()
 
 
 def draw(pipe, **options):

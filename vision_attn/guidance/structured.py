@@ -71,7 +71,8 @@ def structured_embeddings(
 
     Source: arXiv 2212.05032, equations 2 to 5; `"covering"`, `"replace"` and `strength` are ours.
     """
-    _check(pipe, mode, strength)
+    require_unet("structured_embeddings", pipe)
+    _check(mode, strength)
     words = find_phrases(prompt, phrases)
     if phrases is None:
         words = [phrase for phrase in words if len(phrase.text.split()) > 1]
@@ -105,14 +106,21 @@ def _replaced(whole: Tensor, aligned: Sequence[Tensor], groups: Sequence[Sequenc
     return value
 
 
-def _check(pipe: Any, mode: str, strength: float) -> None:
+def require_unet(where: str, pipe: Any) -> None:
+    """Refuse a pipeline without text keys and values that could differ.
+
+    Raises:
+        NotImplementedError: no Stable Diffusion pipeline.
+    """
     parts = getattr(pipe, "components", {})
     if any(isinstance(parts.get(name), nn.Module) for name in _REFUSED) or "unet" not in parts:
         raise NotImplementedError(
-            f"structured_embeddings: pipe must be a Stable Diffusion pipeline with a UNet, got {type(pipe).__name__}: "
-            "where text passes through the denoiser's own layers (FLUX, SD3, ...) there are no keys and values of the "
-            "encoder's to tell apart"
+            f"{where}: pipe must be a Stable Diffusion pipeline with a UNet, got {type(pipe).__name__}: where text "
+            "passes through the denoiser's own layers (FLUX, SD3, ...) there are no keys and values of its own"
         )
+
+
+def _check(mode: str, strength: float) -> None:
     if mode not in MODES:
         raise ValueError(f"structured_embeddings: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):

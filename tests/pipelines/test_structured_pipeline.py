@@ -1,0 +1,75 @@
+"""The structured pipeline against the stock one inside a value context."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import make_sd, make_sdxl
+
+from vision_attn.guidance import structured_embeddings, value_context
+from vision_attn.pipelines.structured import StructuredDiffusionPipeline
+
+PROMPTS = ["a red circle and a blue square", "a green star, a black circle and a red triangle"]
+OPTIONS = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
+
+
+@pytest.fixture(params=[make_sd, make_sdxl], ids=["sd", "sdxl"])
+def pipe(request):
+    return request.param()
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def test_it_is_the_stock_pipeline_in_a_value_context(pipe):
+    structured = StructuredDiffusionPipeline.from_pipe(pipe)
+    value = structured_embeddings(pipe, PROMPTS[0], mode="replace").value_embeds
+    stock = pipe(PROMPTS[0], generator=seeds(1), **OPTIONS).images
+    with value_context(pipe.unet, value):
+        expected = pipe(PROMPTS[0], generator=seeds(1), **OPTIONS).images
+    assert torch.equal(structured(PROMPTS[0], mode="replace", generator=seeds(1), **OPTIONS).images, expected)
+    assert not torch.equal(expected, stock)
+    assert torch.equal(structured(PROMPTS[0], strength=0, generator=seeds(1), **OPTIONS).images, stock)
+    assert torch.equal(pipe(PROMPTS[0], generator=seeds(1), **OPTIONS).images, stock)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_batch_is_its_prompts(pipe, guidance_scale):
+    structured = StructuredDiffusionPipeline(pipe)
+    options = {**OPTIONS, "guidance_scale": guidance_scale, "mode": "covering"}
+    batch = structured(PROMPTS, generator=seeds(1, 2), **options).images
+    for number, prompt in enumerate(PROMPTS):
+        alone = structured(prompt, generator=seeds(number + 1), **options).images
+        torch.testing.assert_close(alone[0], batch[number], atol=1e-4, rtol=1e-4)
+    several = structured(PROMPTS, num_images_per_prompt=2, generator=seeds(1, 1, 2, 2), **options).images
+    torch.testing.assert_close(several, batch.repeat_interleave(2, 0), atol=1e-4, rtol=1e-4)
+
+
+def test_phrases_of_each_prompt(pipe):
+    structured = StructuredDiffusionPipeline(pipe)
+    given = structured(
+        PROMPTS, phrases=[["a blue square"], ["a red triangle"]], generator=seeds(1, 2), **OPTIONS
+    ).images
+    alone = structured(PROMPTS[1], phrases=["a red triangle"], generator=seeds(2), **OPTIONS).images
+    torch.testing.assert_close(given[1], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_rest_is_the_stock_pipelines(pipe):
+    structured = StructuredDiffusionPipeline(pipe)
+    assert structured.unet is pipe.unet
+    assert structured.components.keys() == pipe.components.keys()
+    assert copy.copy(structured).pipe is pipe
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        structured.nothing_of_the_kind  # noqa: B018
+
+
+def test_mistakes(pipe):
+    structured = StructuredDiffusionPipeline(pipe)
+    with pytest.raises(ValueError, match=r"phrases must be one list per prompt, 2, got \['a'\]"):
+        structured(PROMPTS, phrases=["a"], **OPTIONS)
+    with pytest.raises(TypeError, match="prompt_embeds must be left out"):
+        structured(PROMPTS[0], prompt_embeds=torch.zeros(1, 24, 16), **OPTIONS)
+    with pytest.raises(NotImplementedError, match=r"StructuredDiffusionPipeline: pipe must be .*, got DDPMScheduler"):
+        StructuredDiffusionPipeline.from_pipe(diffusers.DDPMScheduler())

@@ -81,6 +81,8 @@ def test_table():
         "| --- | --- | --- | --- | --- |",
         "| nat | 1,234,567 | 50.0% | 87.5% | 200 |",
     ]
+    rows = markdown([*results, Result("vit", "shapes", 10, 0.25, 50.0)]).splitlines()
+    assert rows[-1] == "| vit | 10 | 25.0% | - | 50 |"
 
 
 def test_command(monkeypatch, tmp_path, capsys):
@@ -93,6 +95,31 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert (result["variant"], result["task"]) == ("nat", "shapes")
 
 
+def test_interruption_keeps_what_is_done(monkeypatch, tmp_path, capsys):
+    def interrupted(variants, tasks, epochs, seed):
+        yield Result("nat", "shapes", 10, 0.5, 100.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quick_train, "run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["--out", str(tmp_path / "out.json")])
+    assert end.value.code == 130
+    assert "interrupted after 1 results" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_what_is_missing_is_told_before_any_training(monkeypatch, capsys):
+    def missing(seed):
+        raise ImportError("digits need scikit-learn")
+
+    monkeypatch.setattr(quick_train, "TASKS", {"shapes": lambda seed: small_task(), "digits": missing})
+    monkeypatch.setattr(quick_train, "train", lambda *arguments: pytest.fail("trained"))
+    with pytest.raises(SystemExit):
+        main(["--model", "nat"])
+    assert "digits need scikit-learn" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,7 +127,9 @@ def test_command(monkeypatch, tmp_path, capsys):
         (["--data", "imagenet"], "invalid choice: 'imagenet'"),
         (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
         (["--epochs", "many"], "argument --epochs: invalid whole_number value: 'many'"),
-        (["--out", "/nowhere/out.json"], "--out must be in a folder that exists, got /nowhere/out.json"),
+        (["--seed", "-1"], "argument --seed: must be at least 0, got -1"),
+        (["--out", "/nowhere/out.json"], "--out must be a file in a folder that exists, got /nowhere/out.json"),
+        (["--out", "/"], "--out must be a file in a folder that exists, got /"),
     ],
 )
 def test_mistakes(arguments, message, capsys):

@@ -24,6 +24,7 @@ def test_every_attention_is_timed_at_every_size():
     for row in report.rows:
         assert 0 < row.attention_seconds < row.model_seconds
         assert (row.max_error is None) == (row.attention == DENSE)
+        assert row.attention == DENSE or row.max_error < 1e-5
     dense, agent = report.rows[:2]
     assert (dense.model_speedup, dense.attention_speedup) == (1, 1)
     assert agent.attention_speedup == dense.attention_seconds / agent.attention_seconds
@@ -38,9 +39,15 @@ def test_a_wrong_operator_is_not_timed(monkeypatch):
         return value if backend == "dense" else value + 1e-3
 
     monkeypatch.setattr(va.Agent, "__call__", wrong)
-    with pytest.raises(RuntimeError, match=r"bench: agent\(agents=4\) is off by 1.00e-03 on \(3, 3\)"):
+    with pytest.raises(RuntimeError, match=r"bench: agent\(agents=4\) is off by 1.00e-03 on \(3, 3\), its dense"):
         backbone_report([va.Agent(4)], sizes_px=(48,), repeats=1, warmup=0, **TINY)
 
 
 def test_an_operator_without_backends_has_no_error():
-    assert backbone_bench._max_error(va.Dense(), (3, 4), torch.device("cpu")) is None
+    x = torch.randn(1, 12, 2, 4)
+    assert backbone_bench._max_error(va.Dense(), (x, x, x, va.TokenLayout((3, 4)))) is None
+
+
+def test_half_precision_is_checked_in_half_precision():
+    options = {"sizes_px": (48,), "repeats": 1, "warmup": 0, "dtype": torch.bfloat16}
+    assert 1e-4 < backbone_report([va.Neighborhood(3)], **options, **TINY).rows[1].max_error < 0.1

@@ -6,10 +6,11 @@ import pathlib
 import diffusers
 import numpy as np
 import pytest
+import timm
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
-from zoo_unet import DOWN, LEVELS, UNET, UP, unet_inputs
+from zoo_unet import DOWN, LEVELS, UNET, UP, ZOO_UNET, unet_inputs
 
 import vision_attn as va
 
@@ -196,11 +197,83 @@ def test_mistakes_in_stages():
         va.patch(model, layers={"*": va.AgentSD()}, steps={range(3): va.AgentSD()})
     with pytest.raises(ValueError, match=r"steps must hold at least one stage, got \{\}"):
         va.patch(model, steps={})
-    with pytest.raises(TypeError, match="op must be an operator object, got the text 'dense'"):
+    with pytest.raises(TypeError, match="each operator in steps must be an operator object, got the text 'dense'"):
         va.patch(model, steps={range(3): "dense"})
+    with pytest.raises(va.PatchError, match=r"got none: mid_block.* its maps are 2 times coarser, max_downsample is 1"):
+        va.patch(unet(), va.AgentSD(), layers="mid_block*")
     with pytest.raises(TypeError, match="steps must hold integers, got"):
         va.patch(model, steps={(0.5,): va.Dense()})
-    with pytest.raises(ValueError, match=r"operators of one max_downsample, got \[1, None\]"):
-        va.patch(model, steps={range(3): va.AgentSD(), range(3, 5): va.Clear(3)})
     with pytest.raises(ValueError, match=r"without learned parameters, got clear\(radius=4, down_factor=2\)"):
         va.patch(model, steps={range(3): va.Clear(4, down_factor=2)})
+
+
+@torch.no_grad()
+def test_another_operator_serves_coarse_maps_in_its_steps():
+    model = unet()
+    coarse = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    with va.patch(model, steps={range(1): va.AgentSD(), range(1, 2): va.Neighborhood(3)}) as patch:
+        assert not shares(patch)[1]
+        outputs_of_steps(model, 2)
+        calls = [(call.kind, call.reason) for call in patch.calls[coarse]]
+    assert calls == [("dense", "its maps are 2 times coarser, max_downsample is 1"), ("operator", "")]
+
+
+@pytest.mark.parametrize("steps", [{0}, {range(1): va.AgentSD(sx=2, sy=2), range(1, 2): va.Neighborhood(3)}])
+def test_checkpoints_of_several_steps_are_refused(steps):
+    """Recomputation knows the operator of the last step only: wrong gradients otherwise."""
+    model, inputs = unet(), unet_inputs(16, 20)
+    model.enable_gradient_checkpointing()
+    model.train()
+    op = None if isinstance(steps, dict) else va.AgentSD(sx=2, sy=2)
+    with va.patch(model, op, steps=steps):
+        outputs = [model(**{**inputs, "timestep": torch.tensor(time)}).sample for time in (900, 800)]
+        with pytest.raises(va.PatchError, match="the operator of its forward, got forwards of several grids or steps"):
+            sum(outputs).square().sum().backward()
+    model.zero_grad()
+    with va.patch(model, op, steps=steps):
+        for time in (900, 800):
+            model(**{**inputs, "timestep": torch.tensor(time)}).sample.square().sum().backward()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_takes_random_cells():
+    torch._dynamo.reset()
+    model, inputs = unet(), unet_inputs(16, 20)
+    with va.patch(model, va.AgentSD(use_rand=True)):
+        output = torch.compile(model, fullgraph=True, dynamic=False)(**inputs).sample
+    assert output.isfinite().all()
+
+
+def test_temporal_attention_tells_no_level():
+    """As AnimateDiff for SDXL: the finest level has motion modules alone."""
+    model = diffusers.UNetMotionModel(
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"), block_out_channels=(8, 16), layers_per_block=1,
+        norm_num_groups=4, cross_attention_dim=16, num_attention_heads=2, motion_num_attention_heads=2,
+    )  # fmt: skip
+    patch = va.patch(model, va.AgentSD())
+    assert {layer.name.split(".attentions")[0] for layer in patch.routed} == {
+        "down_blocks.1", "mid_block", "up_blocks.0",
+    }  # fmt: skip
+
+
+def case(name):
+    return next(case for case in ZOO_UNET if case.name == name).build()
+
+
+def test_a_controlnet_xs_tells_its_levels():
+    patch = va.patch(case("controlnet_xs"), va.AgentSD())
+    assert {".".join(layer.name.split(".")[:2]) for layer in patch.routed} == {"down_blocks.0", "up_blocks.1"}
+    assert any(left.name.startswith("mid_block") and "2 times coarser" in left.reason for left in patch.skipped)
+
+
+def test_models_that_tell_no_levels_are_refused():
+    with pytest.raises(va.PatchError, match=r"max_downsample of agent_sd\(\) must be None for Kandinsky3UNet, whose"):
+        va.patch(case("kandinsky3"), va.AgentSD())
+    assert va.patch(case("kandinsky3"), va.AgentSD(max_downsample=None)).routed
+    pyramid = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)).eval()
+    with pytest.raises(
+        va.PatchError, match=r"max_downsample of agent_sd\(\) must be None for PyramidVisionTransformerV2"
+    ):
+        va.patch(pyramid, va.AgentSD())

@@ -301,3 +301,29 @@ def test_verify_with_a_bias_per_head():
 def test_verify_refuses_by_name():
     with pytest.raises(va.PatchError, match="got ResNet, whose attention tells no map of tokens"):
         va.verify(timm.create_model("resnet18"))
+
+
+def test_a_bias_that_learns_from_zero_is_not_left_out():
+    """It hides nothing yet, but its gradient must not get lost."""
+    model = timm.create_model("beit_base_patch16_224", img_size=64, patch_size=16, embed_dim=16, depth=1, num_heads=2)
+    x = torch.randn(1, 3, 64, 64)
+    with va.patch(model, va.Neighborhood(3)):
+        model(x).sum().backward()
+    assert model.blocks[0].attn.relative_position_bias_table.grad.abs().sum() > 0
+    for op in (va.AgentSD(sx=2, sy=2), va.Agent(4)):
+        with va.patch(model, op), pytest.raises(va.PatchError, match=r"attn_mask .* need.* a gradient"):
+            model(x)
+
+
+def test_our_own_backbones_are_refused_by_name():
+    import vision_attn.backbones  # noqa: F401 - registers the names
+
+    model = timm.create_model("va_nat_mini", depths=(1, 1, 1, 1), embed_dim=16)
+    with pytest.raises(va.PatchError, match=r"target must be a timm model .* got NeighborhoodTransformer"):
+        va.patch(model, va.Neighborhood(3))
+
+
+def test_verify_sees_through_a_classifier_of_zeros():
+    model = timm.create_model("hiera_tiny_224", img_size=64, embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)).eval()
+    assert not model(torch.randn(1, 3, 64, 64)).any()
+    assert va.verify(model).passed

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -178,8 +179,9 @@ def run(variants: Sequence[str], tasks: Sequence[str], epochs: int | None, seed:
         epochs: Passes over the images; None for `EPOCHS`.
         seed: Of data, weights and order.
     """
-    for task_name in tasks:
-        task, passes = TASKS[task_name](seed), epochs or EPOCHS[task_name]
+    made = {name: TASKS[name](seed) for name in tasks}  # all at once: what is missing is told before hours of work
+    for task_name, task in made.items():
+        passes = EPOCHS[task_name] if epochs is None else epochs
         for name in variants:
             steps = passes * math.ceil(len(task.train) / BATCH)
             with tqdm(total=steps, desc=f"{name}, {task_name}", unit="step", leave=False, dynamic_ncols=True) as bar:
@@ -204,7 +206,7 @@ def markdown(results: Sequence[Result]) -> str:
     for name in dict.fromkeys(result.variant for result in results):
         own = [found[name, task] for task in tasks if (name, task) in found]
         rates = [result.images_per_second for result in own]
-        accuracies = [f"{result.accuracy:.1%}" for result in own]
+        accuracies = [f"{found[name, task].accuracy:.1%}" if (name, task) in found else "-" for task in tasks]
         rows.append([name, f"{own[0].parameters:,}", *accuracies, f"{statistics.mean(rates):.0f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -217,30 +219,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--model", nargs="+", choices=names, default=["all"], metavar="MODEL", help=", ".join(names))
     add("--data", nargs="+", choices=TASKS, default=list(TASKS), metavar="DATA", help=", ".join(TASKS))
     add("--epochs", type=whole_number, help=f"passes over the images, by default {EPOCHS}")
-    add("--seed", type=int, default=0, help="of data, weights and order")
+    add("--seed", type=seed_number, default=0, help="of data, weights and order")
     add("--threads", type=whole_number, help="threads of PyTorch")
     add("--out", type=Path, help="a .json file for the results")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        parser.error(f"--out must be in a folder that exists, got {options.out}")
+    if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
+        parser.error(f"--out must be a file in a folder that exists, got {options.out}")
     variants = list(VARIANTS) if "all" in options.model else options.model
     results: list[Result] = []
+    interrupted = False
     try:
         for result in run(variants, options.data, options.epochs, options.seed):
             results.append(result)
-            tqdm.write(
-                f"{result.variant}, {result.task}: {result.accuracy:.1%}, {result.images_per_second:.0f} images/s"
-            )
+            rate = f"{result.images_per_second:.0f} images/s"
+            tqdm.write(f"{result.variant}, {result.task}: {result.accuracy:.1%}, {rate}")
     except ImportError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        if not results:
-            raise SystemExit("quick_train: interrupted before the first result") from None
+        interrupted = True
     print(markdown(results))
     if options.out is not None:
-        options.out.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        _write(options.out, json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    if interrupted:
+        print(f"quick_train: interrupted after {len(results)} results", file=sys.stderr)
+        raise SystemExit(130)
+
+
+def _write(path: Path, text: str) -> None:
+    """All of the file or nothing of it."""
+    partial_file = path.with_name(f".{path.name}.part")
+    partial_file.write_text(text)
+    partial_file.replace(path)
 
 
 def whole_number(text: str) -> int:
@@ -248,6 +259,14 @@ def whole_number(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def seed_number(text: str) -> int:
+    """What the user typed, at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
     return number
 
 

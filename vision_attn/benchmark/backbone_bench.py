@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vision_attn as va
 from vision_attn.benchmark.attention_clock import AttentionClock
@@ -22,7 +22,6 @@ MODEL = "vit_small_patch16_224"
 SIZES_PX = (224, 448, 896)
 OPERATORS = (va.Agent(agents=49), va.Neighborhood(kernel_size=7))
 DENSE = "dense SDPA"
-_PATCH_PX = 16
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Row:
         attention_seconds: Median over forwards of the time inside the attention calls, projections left out.
         model_speedup: Time of the dense model over that of this one.
         attention_speedup: The same of the attention alone.
-        max_error: Largest difference of one call to the dense backend of the same operator; None for `DENSE`, which is
-            what the model has, and for an operator without backends.
+        max_error: Largest difference of the model's first attention call to the same in float64 with an explicit mask;
+            None for `DENSE`, which is what the model has, and for an operator without backends.
     """
 
     size_px: int
@@ -97,12 +96,12 @@ def backbone_report(
 
     Args:
         operators: What to put in the place of attention.
-        sizes_px: Sides of the square images, multiples of 16.
+        sizes_px: Sides of the square images.
         repeats: Timed rounds.
         warmup: Rounds before.
         device: Where it runs.
         dtype: Of weights and images.
-        model: Name for `timm.create_model`, of patches of 16 px.
+        model: Name for `timm.create_model` of a model that takes `img_size`.
         on_run: Told a name after each forward, for a progress bar.
         arguments: For `timm.create_model`.
 
@@ -130,70 +129,100 @@ def backbone_report(
 
 def _models(
     operators: Sequence[Any], size: int, name: str, device: torch.device | str, dtype: torch.dtype, arguments: Any
-) -> dict[Any, nn.Module]:
-    """The stock model under None, and a patched one per operator."""
+) -> dict[str, tuple[Any, nn.Module]]:
+    """By the text of its attention: the operator, None for the model's own, and the model."""
     from vision_attn.backbones import create_model  # here: the other suite needs no timm
 
-    models: dict[Any, nn.Module] = {}
+    models: dict[str, tuple[Any, nn.Module]] = {}
     for operator in (None, *operators):
-        models[operator] = create_model(name, img_size=size, **arguments).to(device, dtype).eval()
+        model = create_model(name, img_size=size, **arguments).to(device, dtype).eval()
         if operator is not None:
-            va.patch(models[operator], operator)
+            va.patch(model, operator)
+        models[DENSE if operator is None else str(operator)] = operator, model
     return models
 
 
 @torch.no_grad()
 def _rows(
-    models: dict[Any, nn.Module], image: torch.Tensor, repeats: int, warmup: int, on_run: Callable[[str], None]
+    models: dict[str, tuple[Any, nn.Module]],
+    image: Tensor,
+    repeats: int,
+    warmup: int,
+    on_run: Callable[[str], None],
 ) -> list[Row]:
-    attention: dict[Any, list[float]] = {operator: [] for operator in models}
+    attention: dict[str, list[float]] = {name: [] for name in models}
 
-    def whole(operator: Any) -> None:
-        models[operator](image)
+    def whole(name: str) -> None:
+        models[name][1](image)
 
-    def inside_attention(operator: Any) -> None:
-        clock = AttentionClock(models[operator], image.device)
+    def inside_attention(name: str) -> None:
+        operator, model = models[name]
+        clock = AttentionClock(model, image.device)
         with clock.watch(operator):
-            models[operator](image)
-        attention[operator].append(clock.seconds)
+            model(image)
+        attention[name].append(clock.seconds)
 
-    def calls(run: Callable[[Any], None]) -> dict[str, Callable[[], object]]:
-        return {str(operator): functools.partial(run, operator) for operator in models}
+    def calls(run: Callable[[str], None]) -> dict[str, Callable[[], object]]:
+        return {name: functools.partial(run, name) for name in models}
 
+    call = _first_call(models[DENSE][1], image)
+    errors = {name: _max_error(operator, call) for name, (operator, _) in models.items() if operator is not None}
     timings = interleaved(calls(whole), repeats=repeats, warmup=warmup, device=image.device, on_run=on_run)
     interleaved(calls(inside_attention), repeats=repeats, warmup=0, device=image.device, on_run=on_run)
-    inside = {operator: statistics.median(seconds) for operator, seconds in attention.items()}
-    dense = timings["None"].median
-    side, first = image.shape[-1] // _PATCH_PX, next(iter(models.values()))
+    inside = {name: statistics.median(seconds) for name, seconds in attention.items()}
     return [
         Row(
             size_px=image.shape[-1],
-            tokens=side * side + int(getattr(first, "num_prefix_tokens", 0)),
-            attention=DENSE if operator is None else str(operator),
-            model_seconds=timings[str(operator)].median,
-            attention_seconds=inside[operator],
-            model_speedup=dense / timings[str(operator)].median,
-            attention_speedup=inside[None] / inside[operator],
-            max_error=None if operator is None else _max_error(operator, (side, side), image.device),
+            tokens=call[0].shape[1],
+            attention=name,
+            model_seconds=timings[name].median,
+            attention_seconds=inside[name],
+            model_speedup=timings[DENSE].median / timings[name].median,
+            attention_speedup=inside[DENSE] / inside[name],
+            max_error=errors.get(name),
         )
-        for operator in models
+        for name in models
     ]
 
 
-def _max_error(operator: Any, grid: tuple[int, int], device: torch.device) -> float | None:
-    """Largest difference between the operator's backends on random tokens.
+_Call = tuple[Tensor, Tensor, Tensor, Any]
+
+
+def _first_call(model: nn.Module, image: Tensor) -> _Call:
+    """Query, key, value and layout of the first attention call of a model, as operators get them."""
+    seen: list[_Call] = []
+
+    @dataclass(frozen=True)
+    class Recorder:
+        def __call__(
+            self, query: Tensor, key: Tensor, value: Tensor, layout: Any, scale: float | None = None
+        ) -> Tensor:
+            seen.append((query, key, value, layout))
+            return va.Dense()(query, key, value, layout, scale)
+
+    with va.patch(model, Recorder()):
+        model(image)
+    return seen[0]
+
+
+def _max_error(operator: Any, call: _Call) -> float | None:
+    """Largest difference of a call of the model to the same in float64, by the backend with an explicit mask.
 
     Raises:
-        RuntimeError: More than rounding.
+        RuntimeError: More than twice what that backend loses in the model's own dtype.
     """
     if "backend" not in inspect.signature(type(operator).__call__).parameters:
         return None
-    layout = va.TokenLayout(grid, text_before=1)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, layout.tokens, 2, 32, generator=generator).to(device) for _ in range(3))
-    error = float((operator(q, k, v, layout) - operator(q, k, v, layout, backend="dense")).abs().max())
-    if error > 2e-5:
-        raise RuntimeError(f"bench: {operator} is off by {error:.2e} on {grid}: this is a bug, please report it")
+    *tensors, layout = call
+    truth = operator(*(x.double() for x in tensors), layout, backend="dense")
+    error = float((operator(*tensors, layout) - truth).abs().max())
+    eager = float((operator(*tensors, layout, backend="dense") - truth).abs().max())
+    rounding = torch.finfo(tensors[0].dtype).eps * float(truth.abs().max())
+    if error > 2 * eager + rounding:
+        raise RuntimeError(
+            f"bench: {operator} is off by {error:.2e} on {layout.grid}, its dense backend by {eager:.2e}: this is a "
+            "bug, please report it"
+        )
     return error
 
 

@@ -47,10 +47,11 @@ class AgentSD:
         sy: Rows of a cell.
         k_scale2: Exponent of the second scale.
         k_shortcut: Factor on the values that are added to the output.
-        max_downsample: Coarsest maps of a model that are served, by their side: 1 serves the finest maps that the model
-            attends, 2 also those of half the rows and columns, and so on.
-        use_rand: Take a random token of each cell, from torch's generator, not the first one; the same for the whole
-            batch. Odd batches take the first, as a prompt and its negative would be merged differently.
+        max_downsample: Coarsest maps of a UNet that are served, by their side: 1 serves the finest maps that the model
+            attends, 2 also those of half the rows and columns, and so on; None serves all.
+        use_rand: Take a random token of each cell, from torch's generator, as the released code does, not the first
+            one; the same for the whole batch. Odd batches take the first: else a prompt and its negative would be
+            merged differently.
 
     Raises:
         ValueError, TypeError: a value out of range.
@@ -73,7 +74,7 @@ class AgentSD:
     sy: int = 4
     k_scale2: float = 0.3
     k_shortcut: float = 0.075
-    max_downsample: int = 1
+    max_downsample: int | None = 1
     use_rand: bool = False
 
     # What enters the block tells similar tokens, as in the released code: `patch` passes it.
@@ -89,6 +90,8 @@ class AgentSD:
             )
         for name in ("sx", "sy", "max_downsample"):
             size = getattr(self, name)
+            if name == "max_downsample" and size is None:
+                continue
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"AgentSD: {name} must be an integer, got {size!r}")
             if size < 1:
@@ -119,6 +122,11 @@ class AgentSD:
             raise TypeError(f"AgentSD.paper_steps: num_inference_steps must be an integer, got {steps!r}")
         if steps < 2:
             raise ValueError(f"AgentSD.paper_steps: num_inference_steps must be at least 2, got {steps}")
+        own = {"agent_ratio", "sx", "sy"} & settings.keys()
+        if own:
+            raise TypeError(f"AgentSD.paper_steps: {min(own)} must be left out, the schedule sets it")
+        if isinstance(ratio, (int, float)) and ratio >= 0.95:
+            raise ValueError(f"AgentSD.paper_steps: ratio must be below 0.95, that of the agents, got {ratio}")
         change = max(1, round(0.4 * steps))
         with_agents = AgentSD(ratio, 0.95, sx=4, sy=4, **settings)
         return {range(change): with_agents, range(change, steps): AgentSD(ratio, None, sx=2, sy=2, **settings)}

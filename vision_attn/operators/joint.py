@@ -142,7 +142,9 @@ def split_mask(
     if attn_mask is None:
         return None, None
     if isinstance(attn_mask, Tensor) and attn_mask.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError(f"{where}: attn_mask must not need a gradient, windows have none for it: detach it")
+        raise UnsupportedError(
+            f"{where}: attn_mask must not need a gradient, as a learned bias does: only va.Dense() has it"
+        )
     mask = _additive(where, attn_mask, query, layout)
     if mask.shape[1] > 1:
         raise UnsupportedError(f"{where}: attn_mask must be the same for all heads, got shape {tuple(attn_mask.shape)}")

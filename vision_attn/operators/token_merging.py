@@ -49,7 +49,8 @@ def destinations(grid: tuple[int, ...], cell: tuple[int, int], random: bool, dev
     frame, y, x = torch.meshgrid(*(torch.arange(size, device=device) for size in shape), indexing="ij")
     y, x = y * cell[0], x * cell[1]
     if random:
-        chosen = torch.randint(math.prod(cell), shape, device=device)
+        # Not randint: inductor cannot index by its result.
+        chosen = torch.rand(*shape, math.prod(cell), device=device).argmax(-1)
         y, x = y + chosen // cell[1], x + chosen % cell[1]
     return ((frame * rows + y) * columns + x).flatten()
 

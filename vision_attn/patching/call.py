@@ -3,7 +3,8 @@
 The decision, in order:
 
 1. No forward of the model is running, so that no layout is known: dense and listed, or an error with `strict`.
-2. The operators are switched off in this denoising step, or a guider perturbs this layer's attention: dense.
+2. The operators are switched off in this denoising step, a guider perturbs this layer's attention, or the layer's map
+   is too coarse for the operator of this step: dense.
 3. The layout does not describe the call's tokens: dense and listed. This is how cross-attention passes. A layer whose
    self-attention calls in a whole forward all have another length than its layout says is an error with `strict`.
 4. The operator cannot honour the call (mask, causal, dropout): where only the mask is in the way and the operator is a
@@ -25,7 +26,7 @@ from vision_attn.errors import PatchError, UnsupportedError
 from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import CLOSED, in_backward
 from vision_attn.patching.masked import masked_softmax
-from vision_attn.patching.stages import Stages
+from vision_attn.patching.stages import due, too_coarse
 
 
 class Attention(NamedTuple):
@@ -72,8 +73,7 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
             f"patch: context parallelism must be off for a patched layer, got parallel_config on {layer.name!r}: "
             "remove the patch, or run without enable_parallelism()"
         )
-    if isinstance(operator, Stages):
-        operator = operator.operators[layer.switch.stage]
+    operator = due(operator, layer.switch.stage)
     recomputes = in_backward()
     if recomputes:
         _check_recomputation(layer)
@@ -85,6 +85,11 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
         return dense()
     if _scores_are_skipped():
         layer.note("dense", "a guider skips the attention scores", None)
+        layer.served = True
+        return dense()
+    coarse = too_coarse(operator, layer.size)
+    if coarse:
+        layer.note("dense", coarse, None)
         layer.served = True
         return dense()
     queries, keys = call.query.shape[1], call.key.shape[1]
@@ -141,8 +146,9 @@ def _check_recomputation(layer: Any) -> None:
     if cell.ambiguous:
         grid = None if cell.recomputed is None else cell.recomputed.grid
         raise PatchError(
-            f"patch: {layer.name!r} must be recomputed with the token grid of its forward, got forwards of several "
-            f"grids before it, the last {grid}: with gradient checkpointing, call backward before the next forward"
+            f"patch: {layer.name!r} must be recomputed with the token grid and the operator of its forward, got "
+            f"forwards of several grids or steps before it, the last {grid}: with gradient checkpointing, call "
+            "backward before the next forward"
         )
 
 
@@ -248,6 +254,10 @@ def _honourable_mask(operator: Any, attn_mask: Any) -> torch.Tensor | None:
     attn_mask = _unexpanded(attn_mask)
     if accepts_mask(type(operator)):
         return attn_mask
+    if attn_mask.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"attn_mask of shape {tuple(attn_mask.shape)} needs a gradient, and the operator takes none"
+        )
     if not torch.compiler.is_compiling() and hides_nothing(attn_mask):
         return None
     raise UnsupportedError(f"attn_mask of shape {tuple(attn_mask.shape)}, and the operator takes none")

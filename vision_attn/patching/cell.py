@@ -30,8 +30,10 @@ class Cell:
         open_before: As many tokens stand before the grid as each call has beyond the layout (a grid given by the user).
         open_after: The same behind the grid (`Family.open_end`).
         recomputed: The layout of the last forward with checkpoints.
+        recomputed_due: What was due in that forward (`Switch.due`).
         awaits_backward: A forward with checkpoints has passed since layers were last recomputed.
-        ambiguous: Such forwards had different layouts of the same length, which recomputation could not tell apart.
+        ambiguous: Such forwards had different layouts of the same length, or different operators due, which
+            recomputation could not tell apart.
     """
 
     layout: TokenLayout | None = None
@@ -39,10 +41,11 @@ class Cell:
     open_before: bool = False
     open_after: bool = False
     recomputed: TokenLayout | None = None
+    recomputed_due: tuple[bool, int] = (True, 0)
     awaits_backward: bool = False
     ambiguous: bool = False
 
-    def begin(self, told: TokenLayout | str | None, checkpoints: bool) -> None:
+    def begin(self, told: TokenLayout | str | None, checkpoints: bool, due: tuple[bool, int] = (True, 0)) -> None:
         """Note the layout of a forward, or why it has none; with `checkpoints`, of one that may be recomputed."""
         self.layout = layout = told if isinstance(told, TokenLayout) else None
         if layout is None:
@@ -50,15 +53,21 @@ class Cell:
         if not checkpoints:
             return
         last, self.recomputed = self.recomputed, layout
+        last_due, self.recomputed_due = self.recomputed_due, due
         if not self.awaits_backward:
             self.ambiguous = False
-        elif layout is not None and last is not None and layout.tokens == last.tokens and layout != last:
+        elif due != last_due or _alike(layout, last):
             self.ambiguous = True
         self.awaits_backward = True
 
     def end(self) -> None:
         """Forget the layout of a forward, but for recomputation."""
         self.layout, self.reason = self.recomputed, CLOSED
+
+
+def _alike(layout: TokenLayout | None, last: TokenLayout | None) -> bool:
+    """Whether two layouts differ and yet have as many tokens."""
+    return layout is not None and last is not None and layout.tokens == last.tokens and layout != last
 
 
 @dataclass(eq=False)
@@ -76,3 +85,8 @@ class Switch:
     reason: str = ""
     stage: int = 0
     open: bool = False
+
+    @property
+    def due(self) -> tuple[bool, int]:
+        """What tells which operator is due."""
+        return self.active, self.stage

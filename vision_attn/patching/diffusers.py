@@ -18,11 +18,12 @@ from vision_attn.patching.hooks import LayoutFunction, forward_arguments
 from vision_attn.patching.installation import Installation
 from vision_attn.patching.layer import Layer
 from vision_attn.patching.layouts import FAMILIES, REFUSED, Family, family_of
-from vision_attn.patching.layouts.unet import relative_sizes
+from vision_attn.patching.layouts.unet import relative_sizes, tells_levels
 from vision_attn.patching.parameters import initial_parameters
 from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Processor, Route, attention_calls, is_routed, stock_of
 from vision_attn.patching.selection import Rule
+from vision_attn.patching.stages import any_limit, too_coarse
 from vision_attn.patching.steps import TIMESTEP_NAMES, StepTracker
 
 DENOISER_NAMES = ("transformer", "transformer_2", "unet", "prior", "decoder", "diffusion_decoder")
@@ -156,14 +157,14 @@ def plan(
     cells = _Cells(target, model, family, layout, given)
     result = Plan(Installation(model, target, Switch(), strict, tracker))
     routes: list[Route] = []
-    sizes = relative_sizes(model, [name for name, _ in attention_modules(model)])
+    sizes = _sizes(model, family, rules, cells)
     for name, module in attention_modules(model):
         shown, processor = prefix + name, module.processor
         rule = next((rule for rule in rules if rule.serves(prefix, name)), None)
         cell = cells.of(name)
         reason = "not selected by layers" if rule is None else _skip_reason(model, family, name, processor, cell)
         if rule is not None and not reason:
-            reason = _coarse(rule.operator, sizes[name])
+            reason = too_coarse(rule.operator, sizes[name])
         if rule is None or cell is None or reason:
             result.skipped.append(Skipped(shown, reason))
             continue
@@ -176,6 +177,7 @@ def plan(
             strict,
             image_only=family is not None and any(fnmatchcase(name, pattern) for pattern in family.image_only),
             in_parts=family is not None and family.in_parts,
+            size=sizes[name],
             initial=initial_parameters(rule.operator),
             trainable=trainable,
         )
@@ -255,10 +257,24 @@ def _skip_reason(model: nn.Module, family: Family | None, name: str, processor: 
     return ""
 
 
-def _coarse(operator: Any, size: int) -> str:
-    """Why an operator leaves out the maps of a level, which have one token for `size` squared of the finest."""
-    limit = getattr(operator, "max_downsample", None)
-    return "" if limit is None or size <= limit else f"its maps are {size} times coarser, max_downsample is {limit}"
+def _sizes(model: nn.Module, family: Family | None, rules: Sequence[Rule], cells: _Cells) -> dict[str, int]:
+    """How many times coarser the map of each layer is than the finest one that can be routed.
+
+    Raises:
+        PatchError: An operator asks for it, and the model does not tell.
+    """
+    names = [
+        name
+        for name, module in attention_modules(model)
+        if not _skip_reason(model, family, name, module.processor, cells.of(name))
+    ]
+    limited = next((rule.operator for rule in rules if any_limit(rule.operator)), None)
+    if limited is not None and not tells_levels(model):
+        raise PatchError(
+            f"patch: max_downsample of {limited} must be None for {type(model).__name__}, whose blocks do not tell "
+            "where they halve their maps: choose the layers with layers="
+        )
+    return relative_sizes(model, names)
 
 
 def _block(model: nn.Module, name: str) -> nn.Module | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from vision_attn.errors import PatchError
 from vision_attn.layout import TokenLayout
-from vision_attn.patching.cell import Cell, in_backward
+from vision_attn.patching.cell import Cell, Switch, in_backward
 
 if TYPE_CHECKING:
     from vision_attn.patching.installation import Installation
@@ -74,11 +74,13 @@ class ScopeHook(Hook):
         module: The scope: the model, or one of its levels.
         layout: `layout(module, arguments by name)` gives the layout, or `None` or in words why there is none.
         cell: Where to write it.
+        switch: That of the model's layers.
     """
 
-    def __init__(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> None:
+    def __init__(self, module: nn.Module, layout: LayoutFunction, cell: Cell, switch: Switch) -> None:
         self.layout = layout
         self.cell = cell
+        self.switch = switch
         self.names, self.defaults = forward_arguments(module)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,7 +89,7 @@ class ScopeHook(Hook):
         layout = self.layout(module, bind(self.names, self.defaults, args, kwargs))
         # diffusers checkpoints whenever gradients are on, in eval mode too.
         checkpoints = not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_backward()
-        self.cell.begin(layout, checkpoints and self.checkpointing(module))
+        self.cell.begin(layout, checkpoints and self.checkpointing(module), self.switch.due)
 
     def checkpointing(self, module: nn.Module) -> bool:
         """Whether the model runs its blocks again in the backward pass."""
@@ -112,7 +114,7 @@ class BlockInputHook(Hook):
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the input, `[B, S, C]`, until the attention takes it."""
-        if self.layer.switch.active:
+        if self.layer.switch.active and getattr(self.layer.due_operator, "wants_block_input", False):
             self.layer.block_input = bind(self.names, self.defaults, args, kwargs)["hidden_states"]
 
     def traced(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:

@@ -25,7 +25,7 @@ from vision_attn.patching.layer import Layer
 from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Processor, attention_calls, is_routed, stock_class, stock_of
 from vision_attn.patching.stages import Stages
-from vision_attn.patching.steps import StepTracker
+from vision_attn.patching.steps import OUTSIDE, StepTracker
 
 
 @dataclass(eq=False)
@@ -104,7 +104,7 @@ class Installation:
 
     def scope_hook(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> ScopeHook:
         """The hook of a scope."""
-        return ScopeHook(module, layout, cell)
+        return ScopeHook(module, layout, cell, self.switch)
 
     def enter(self) -> None:
         """Open a forward.
@@ -142,7 +142,7 @@ class Installation:
             self.switch.active = self.tracker.active
             if isinstance(self.tracker.steps, Stages):
                 self.switch.stage = self.tracker.steps.index(self.tracker.step)
-            self.switch.reason = "" if self.switch.active else f"denoising step {self.tracker.step} is not in steps"
+            self.switch.reason = "" if self.switch.active else f"{OUTSIDE}{self.tracker.step} is not in steps"
         for layer in self.layers:
             layer.served, layer.unmatched = False, ""
             if fresh:

@@ -14,6 +14,7 @@ from vision_attn.layout import TokenLayout
 from vision_attn.patching.cell import Cell, Switch
 from vision_attn.patching.report import Call
 from vision_attn.patching.routing import Processor, Route
+from vision_attn.patching.stages import due
 from vision_attn.patching.token_order import ROWS, Rows
 
 
@@ -30,6 +31,7 @@ class Layer:
         strict: Whether a call that the operator cannot honour is an error.
         image_only: Whether the layer's sequence is the image tokens alone.
         in_parts: Whether calls without the image are part of the layer's work (`Family.in_parts`).
+        size: How many times coarser its map is than the finest of the model that is attended, on each axis.
         order: In what order its SDPA calls have their tokens.
         initial: Learned operator parameters of this layer, as they were made.
         trainable: Whether they are registered in the model, by the processor.
@@ -48,6 +50,7 @@ class Layer:
     strict: bool = True
     image_only: bool = False
     in_parts: bool = False
+    size: int = 1
     order: Rows = ROWS
     initial: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: bool = False
@@ -64,6 +67,11 @@ class Layer:
     def operator(self) -> Any:
         """The operator of this layer."""
         return self.route.operator
+
+    @property
+    def due_operator(self) -> Any:
+        """The operator of this step, where several take turns."""
+        return due(self.route.operator, self.switch.stage)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

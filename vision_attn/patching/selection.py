@@ -77,20 +77,25 @@ def rules_for(op: Any, layers: Any) -> list[Rule]:
     raise TypeError(f"patch: layers must be a glob, a list of globs, a predicate or {{glob: op}}, got {layers!r}")
 
 
-def check_operator(op: Any) -> Any:
+def check_operator(op: Any, name: str = "op") -> Any:
     """Return `op` if it is an operator object.
+
+    Args:
+        op: What the user gave.
+        name: The argument in which it stands.
 
     Raises:
         TypeError: A text, a class, something that is no operator, or one that cannot be called as operators are.
     """
     if isinstance(op, str):
-        raise TypeError(f"patch: op must be an operator object, got the text {op!r}: write va.parse({op!r})")
+        raise TypeError(f"patch: {name} must be an operator object, got the text {op!r}: write va.parse({op!r})")
     if isinstance(op, type):
-        raise TypeError(f"patch: op must be an operator object, got the class {op.__name__}: write {op.__name__}(...)")
+        given = op.__name__
+        raise TypeError(f"patch: {name} must be an operator object, got the class {given}: write {given}(...)")
     if not (callable(op) and dataclasses.is_dataclass(op)):
         raise TypeError(
-            f"patch: op must be an operator object such as va.Clear(radius=8), got {op!r}: va.operators() lists them, "
-            "@va.register_operator adds one"
+            f"patch: {name} must be an operator object such as va.Clear(radius=8), got {op!r}: va.operators() lists "
+            "them, @va.register_operator adds one"
         )
     operator: Any = op
     signature = inspect.signature(operator)
@@ -98,7 +103,7 @@ def check_operator(op: Any) -> Any:
         signature.bind_partial("query", "key", "value", "layout", scale=None)
     except TypeError as error:
         raise TypeError(
-            f"patch: op must be called as op(query, key, value, layout, scale=None), got {op} with {signature} "
+            f"patch: {name} must be called as op(query, key, value, layout, scale=None), got {op} with {signature} "
             f"({error}): mend its __call__"
         ) from error
     return op

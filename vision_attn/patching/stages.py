@@ -17,6 +17,8 @@ class Stages:
 
     It stands where an operator does in the plan of a patch; `Switch.stage` tells the layers which one is due.
 
+    A layer whose maps are too coarse for one of the operators is dense in its steps.
+
     Args:
         steps: Steps of each stage.
         operators: Operator of each stage.
@@ -37,11 +39,6 @@ class Stages:
         return next((number for number, steps in enumerate(self.steps) if step in steps), 0)
 
     @property
-    def max_downsample(self) -> int | None:
-        """That of all operators."""
-        return getattr(self.operators[0], "max_downsample", None)
-
-    @property
     def wants_block_input(self) -> bool:
         """Whether any of the operators does."""
         return any(getattr(operator, "wants_block_input", False) for operator in self.operators)
@@ -57,25 +54,50 @@ def check_stages(op: Any, layers: Any, steps: Mapping[Any, Any]) -> Stages:
 
     Raises:
         TypeError: A key that holds no step numbers, a value that is no operator.
-        ValueError: An empty dict, `op` or operators in `layers` as well, operators that cannot take turns.
+        ValueError: An empty dict, `op` or operators in `layers` as well, an operator with learned parameters.
     """
     if op is not None or isinstance(layers, Mapping):
         given = f"op={op}" if op is not None else "a dict as layers"
         raise ValueError(f"patch: op and operators in layers must be left out when steps is a dict, got {given}")
     if not steps:
         raise ValueError("patch: steps must hold at least one stage, got {}: write {range(20): va.AgentSD()}")
-    stages = Stages(tuple(map(check_steps, steps)), tuple(map(check_operator, steps.values())))
+    stages = Stages(
+        tuple(map(check_steps, steps)),
+        tuple(check_operator(operator, "each operator in steps") for operator in steps.values()),
+    )
     learned = next((operator for operator in stages.operators if initial_parameters(operator)), None)
     if learned is not None:
         raise ValueError(
             f"patch: steps must map to operators without learned parameters, got {learned}: patch it by itself"
         )
-    limits = [getattr(operator, "max_downsample", None) for operator in stages.operators]
-    if any(limit != limits[0] for limit in limits):
-        raise ValueError(
-            f"patch: steps must map to operators of one max_downsample, got {limits}: choose the layers with layers="
-        )
     return stages
+
+
+def due(operator: Any, stage: int) -> Any:
+    """The operator itself, or that of the stage."""
+    return operator.operators[stage] if isinstance(operator, Stages) else operator
+
+
+def too_coarse(operator: Any, size: int) -> str:
+    """Why an operator, or all that take turns, leave out maps `size` times coarser than the finest; else empty.
+
+    Operators tell their limit as `max_downsample`.
+    """
+    limits = _limits(operator)
+    largest = max((limit for limit in limits if limit is not None), default=size)
+    if None in limits or size <= largest:
+        return ""
+    return f"its maps are {size} times coarser, max_downsample is {largest}"
+
+
+def any_limit(operator: Any) -> bool:
+    """Whether an operator, or one of those that take turns, leaves out coarse maps."""
+    return any(limit is not None for limit in _limits(operator))
+
+
+def _limits(operator: Any) -> list[int | None]:
+    operators = operator.operators if isinstance(operator, Stages) else (operator,)
+    return [getattr(each, "max_downsample", None) for each in operators]
 
 
 def _shown(steps: range | frozenset[int]) -> str:

@@ -18,6 +18,7 @@ class Steps(Protocol):
     def __contains__(self, step: int, /) -> bool: ...
 
 
+OUTSIDE = "denoising step "  # how the reason of a call begins whose step is not one of `steps`
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 

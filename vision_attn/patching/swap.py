@@ -26,7 +26,7 @@ from vision_attn.patching.ltx2_decoder import OwnWindow, check_arguments, is_dec
 from vision_attn.patching.report import Call, Routed, Skipped, table
 from vision_attn.patching.selection import make_rules, require_matches, rules_for
 from vision_attn.patching.stages import check_stages
-from vision_attn.patching.steps import StepTracker, check_steps
+from vision_attn.patching.steps import OUTSIDE, StepTracker, check_steps
 from vision_attn.patching.timm import check_timm_arguments, is_timm, plan_timm, timm_attention
 
 
@@ -182,7 +182,8 @@ def patch(
         layers: `None` for every self- and joint attention, a glob or list of globs on module names, a predicate on
             names, or `{glob: operator}`, of which the first match counts.
         steps: Range or set of denoising steps (the first is 0) in which the operator is active; dense otherwise. In a
-            dict `{range(20): operator, range(20, 50): other}` operators take turns; `op` is then left out. A model
+            dict `{range(20): operator, range(20, 50): other}` operators take turns, the first that has a step counts;
+            `op` is then left out. With gradient checkpointing call `backward` in each step. A model
             without its pipeline is followed by its timesteps alone, and a run begins when they turn back from clean to
             noisy: runs that begin less noisy than the last one ended cannot be told from its next step.
         grid: Token grid `(Y, X)` or `(T, Y, X)` for a model whose layout is not known or cannot be read in a compiled
@@ -240,7 +241,9 @@ def patch(
 
 def _installed(plans: Sequence[Plan], others: Iterable[Skipped]) -> Patch:
     if not any(planned.routed for planned in plans):
-        reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for planned in plans for skipped in planned.skipped[:3])
+        skipped = [left for planned in plans for left in planned.skipped]
+        skipped.sort(key=lambda left: left.reason == "not selected by layers")  # those that were selected first
+        reasons = "; ".join(f"{left.name}: {left.reason}" for left in skipped[:3])
         raise PatchError(
             f"patch: layers must leave at least one attention to route, got none: {reasons or 'no attention'}"
         )
@@ -264,4 +267,10 @@ def unpatch(target: Any) -> None:
 
 
 def _calls_text(calls: list[Call]) -> str:
-    return ", ".join(f"{call.kind}{f' ({call.reason})' if call.reason else ''}" for call in calls)
+    outside = sum(call.reason.startswith(OUTSIDE) for call in calls)
+    texts = [
+        f"{call.kind}{f' ({call.reason})' if call.reason else ''}"
+        for call in calls
+        if outside < 2 or not call.reason.startswith(OUTSIDE)
+    ]
+    return ", ".join([*texts, *([f"dense ({outside} denoising steps are not in steps)"] if outside > 1 else [])])

@@ -26,6 +26,7 @@ from vision_attn.patching.parameters import initial_parameters
 from vision_attn.patching.report import Skipped
 from vision_attn.patching.routing import Running, attention_calls, replaced_names, with_globals
 from vision_attn.patching.selection import Rule
+from vision_attn.patching.stages import any_limit
 from vision_attn.patching.timm_layouts import FAMILIES, WHOLE_MAPS, Served, family_of
 
 _POOLING = "it pools the tokens into a few of its own: cross-attention stays dense"
@@ -36,9 +37,9 @@ _UNFUSED = (
 
 
 def is_timm(target: Any) -> bool:
-    """Whether the target is a timm model, a subclass of one or a feature extractor around one."""
+    """Whether the target is a timm model, one of ours for timm, or a feature extractor around one."""
     return isinstance(target, nn.Module) and any(
-        cls.__module__.startswith("timm.") for cls in type(call_module(target)).__mro__
+        cls.__module__.startswith(("timm.", "vision_attn.backbones.")) for cls in type(call_module(target)).__mro__
     )
 
 
@@ -65,6 +66,12 @@ def plan_timm(target: nn.Module, rules: Sequence[Rule], strict: bool) -> Plan:
     _, whole_map = _whole_map(model)
     if whole_map is None and not any(family_of(_stock_class(module)) for _, module in timm_attention(target)):
         raise PatchError(_refusal(model))
+    limited = next((rule.operator for rule in rules if any_limit(rule.operator)), None)
+    if limited is not None and whole_map is None:
+        raise PatchError(
+            f"patch: max_downsample of {limited} must be None for {type(model).__name__}, it is for UNets: choose the "
+            "layers with layers="
+        )
     result = Plan(TimmInstallation(model, target, Switch(open=True), strict, None))
     cells: dict[nn.Module, Cell] = {}
     routes: dict[int, Any] = {}
@@ -163,7 +170,7 @@ class TimmInstallation(Installation):
 
     def scope_hook(self, module: nn.Module, layout: LayoutFunction, cell: Cell) -> ScopeHook:
         """The hook of the patch embedding, or of an attention module that tells its own grid."""
-        hook = GridHook(module, layout, cell)
+        hook = GridHook(module, layout, cell, self.switch)
         hook.backbone, _ = _whole_map(self.model)
         return hook
 

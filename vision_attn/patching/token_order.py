@@ -63,10 +63,8 @@ class Unrolled(Rows):
 
     def heads_first(self, tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Inverse of `heads_last`, for a call with this query."""
-        digits, back = (
-            [self._digits[axis] for axis in self._axes],
-            [self._axes.index(i) for i in range(len(self._axes))],
-        )
+        digits = [self._digits[axis] for axis in self._axes]
+        back = [self._axes.index(place) for place in range(len(self._axes))]
         tensor = self._permuted(tensor, digits, back).transpose(1, 2)
         return tensor.unflatten(0, (-1, query.shape[2])).transpose(1, 2) if query.ndim == 5 else tensor
 

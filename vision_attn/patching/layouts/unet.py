@@ -55,16 +55,27 @@ def _uvit(model: Any, call: Mapping[str, Any]) -> TokenLayout:
 
 def relative_sizes(model: Any, names: Sequence[str]) -> dict[str, int]:
     """How many times coarser the map of each layer is than the finest of them, on each axis; 1 where nothing tells."""
-    sizes = {name: _downsampling(model, name) for name in names}
+    sizes = {name: downsampling(model, name) for name in names}
     finest = min(sizes.values(), default=1)
     return {name: size // finest for name, size in sizes.items()}
 
 
-def _downsampling(model: Any, name: str) -> int:
+def tells_levels(model: Any) -> bool:
+    """Whether the blocks of a model with several levels say where they halve their maps."""
+    return len(getattr(model, "down_blocks", ())) < 2 or any(_halvings(model, "down"))
+
+
+def _halvings(model: Any, way: str) -> list[bool]:
+    """Of each block on the way down or up, whether it changes the size of its map."""
+    names = f"{way}samplers", f"base_{way}samplers"  # the second in a ControlNet-XS
+    blocks = getattr(model, f"{way}_blocks", ())
+    return [any(getattr(block, name, None) for name in names) for block in blocks]
+
+
+def downsampling(model: Any, name: str) -> int:
     """How often the sample is halved on the way to a layer, as a factor."""
     stage, _, rest = name.partition(".")
-    down = [bool(getattr(block, "downsamplers", None)) for block in getattr(model, "down_blocks", ())]
-    up = [bool(getattr(block, "upsamplers", None)) for block in getattr(model, "up_blocks", ())]
+    down, up = _halvings(model, "down"), _halvings(model, "up")
     number = rest.partition(".")[0]
     if stage == "down_blocks" and number.isdigit():
         return 2 ** sum(down[: int(number)])

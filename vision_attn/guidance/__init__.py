@@ -1,5 +1,6 @@
 """Compositional guidance: what a prompt's phrases mean for attention, measured and steered."""
 
+from vision_attn.guidance.capture import AttentionCapture
 from vision_attn.guidance.losses import (
     attend_and_excite_loss,
     jensen_shannon_loss,
@@ -14,6 +15,7 @@ from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddi
 from vision_attn.guidance.tokens import align, token_groups
 
 __all__ = [
+    "AttentionCapture",
     "Phrase",
     "StructuredEmbeds",
     "align",

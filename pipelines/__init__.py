@@ -1,5 +1,17 @@
 """Diffusers pipelines: loading them, and the ones built on guidance and patching."""
 
-from vision_attn.pipelines.structured import StructuredDiffusionPipeline
+from __future__ import annotations
 
-__all__ = ["StructuredDiffusionPipeline"]
+import importlib
+from typing import Any
+
+# Loaded on first use: loading a pipeline needs none of them, and they need diffusers.
+_LAZY = {"AStarPipeline": "a_star", "StructuredDiffusionPipeline": "structured"}
+
+__all__ = ["AStarPipeline", "StructuredDiffusionPipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Compositional guidance: what a prompt's phrases mean for attention, measured and steered."""
 
 from vision_attn.guidance.capture import AttentionCapture
+from vision_attn.guidance.latents import LatentGuide, step_sizes
 from vision_attn.guidance.losses import (
     attend_and_excite_loss,
     jensen_shannon_loss,
@@ -10,18 +11,20 @@ from vision_attn.guidance.losses import (
     symmetric_kl_loss,
 )
 from vision_attn.guidance.maps import binarize, concept_maps, smoothed
-from vision_attn.guidance.phrases import Phrase, noun_chunks_of, noun_phrases
+from vision_attn.guidance.phrases import Phrase, concept_phrases, noun_chunks_of, noun_phrases
 from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddings, value_context
 from vision_attn.guidance.tokens import align, token_groups
 
 __all__ = [
     "AttentionCapture",
+    "LatentGuide",
     "Phrase",
     "StructuredEmbeds",
     "align",
     "attend_and_excite_loss",
     "binarize",
     "concept_maps",
+    "concept_phrases",
     "jensen_shannon_loss",
     "noun_chunks_of",
     "noun_phrases",
@@ -29,6 +32,7 @@ __all__ = [
     "retention_loss",
     "segregation_loss",
     "smoothed",
+    "step_sizes",
     "structured_embeddings",
     "symmetric_kl_loss",
     "token_groups",

@@ -83,6 +83,30 @@ def _phrase(tags: Sequence[int]) -> int:
     return last + 1
 
 
+def concept_phrases(prompt: str) -> list[Phrase]:
+    """The noun phrases of a prompt without leading determiners and numbers: what is to be seen.
+
+    Args:
+        prompt: English text.
+
+    Raises:
+        TypeError: no string.
+
+    Example:
+        >>> [phrase.text for phrase in concept_phrases("a red circle and two stars")]
+        ['red circle', 'stars']
+    """
+    concepts = []
+    for phrase in noun_phrases(prompt):
+        start = phrase.start
+        for word in _WORD.finditer(prompt, phrase.start, phrase.end):
+            start = word.start()
+            if word[0].lower() not in _DETERMINERS | _NUMBERS and not word[0].isdigit():
+                break
+        concepts.append(Phrase(prompt[start : phrase.end], start, phrase.end))
+    return concepts
+
+
 def noun_chunks_of(parser: Any) -> Callable[[str], list[Phrase]]:
     """Noun phrases by a spaCy pipeline, to be used wherever phrases may come from a function.
 

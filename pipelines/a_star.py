@@ -1,0 +1,204 @@
+"""A-STAR and its siblings around a stock Stable Diffusion pipeline: latents that make attention tell concepts apart.
+
+Methods have licences and patents of their own: A-STAR is the subject of US 12,633,000 B2. Whether to use it is the
+user's decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from vision_attn.guidance.latents import LatentGuide, MapLoss, step_sizes
+from vision_attn.guidance.phrases import concept_phrases
+from vision_attn.guidance.structured import require_unet
+from vision_attn.guidance.tokens import token_groups
+
+
+class AStarPipeline:
+    """A stock pipeline of SD 1, SD 2 or SDXL that keeps the concepts of a prompt apart while it draws.
+
+    Before a denoising step the latents move down the gradient of a loss of the cross-attention maps: concepts should
+    not overlap, and should stay where they were. It costs one more forward, of half the UNet, and its backward pass.
+
+    Args:
+        pipe: The stock pipeline, text-to-image.
+
+    Raises:
+        NotImplementedError: a pipeline without a UNet.
+
+    Source: arXiv 2306.14544; the losses of Attend-and-Excite (arXiv 2301.13826) and of your own as well.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        require_unet("AStarPipeline", pipe)
+        self.pipe = pipe
+
+    @classmethod
+    def from_pipe(cls, pipe: Any) -> AStarPipeline:
+        """The same parts with guidance; `pipe` itself stays as it is."""
+        return cls(pipe)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipe":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        concepts: Any = None,
+        loss: str | MapLoss = "a-star",
+        step_size: float = 20.0,
+        share: float = 0.5,
+        threshold: float = 0.5,
+        mode: str = "relative",
+        resolution: tuple[int, int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        num_images_per_prompt: int = 1,
+        generator: Any = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **options: Any,
+    ) -> Any:
+        """Draw as the stock pipeline does.
+
+        Args:
+            prompt: One or several.
+            concepts: Texts, offsets or `Phrase`s of the prompt, or lists of token positions; None for its noun phrases
+                without their determiners. For several prompts one list per prompt.
+            loss: `"a-star"`, `"attend-and-excite"`, or a function of the maps `[n, Y, X]` of a sample and the masks of
+                the step before (None in the first).
+            step_size: Factor on the gradient in the first step, see `step_sizes`; 0 draws what the stock pipeline
+                draws.
+            share: Share of the steps before which latents move; 1 is the paper's.
+            threshold: Of the masks, see `binarize`.
+            mode: Of the masks, see `binarize`.
+            resolution: Of the maps; None for a quarter of the latents'.
+            height: Pixels.
+            width: Pixels.
+            num_inference_steps: Denoising steps.
+            num_images_per_prompt: Images of each prompt.
+            generator: As of the stock pipeline.
+            latents: Noise to begin with, as of the stock pipeline.
+            callback_on_step_end: As of the stock pipeline; it sees the moved latents.
+            callback_on_step_end_tensor_inputs: As of the stock pipeline.
+            options: Further arguments of the stock pipeline.
+
+        Returns:
+            The stock pipeline's output; its attribute `losses` lists, per step, the loss of each image.
+
+        Raises:
+            TypeError: text that is given as embeddings or as a second prompt.
+            ValueError: concepts that the prompt does not have, or a prompt without any.
+        """
+        for name in ("prompt_embeds", "prompt_2", "timesteps", "sigmas"):
+            if options.get(name) is not None:
+                raise TypeError(f"AStarPipeline: {name} must be left out")
+        pipe, prompts = self.pipe, [prompt] if isinstance(prompt, str) else list(prompt)
+        groups = [
+            _groups(pipe.tokenizer, text, own)
+            for text, own in zip(prompts, _one_per_prompt(prompts, concepts, isinstance(prompt, str)), strict=True)
+            for _ in range(num_images_per_prompt)
+        ]
+        guide = LatentGuide(pipe.unet, groups, loss=loss, threshold=threshold, mode=mode, resolution=resolution)
+        if height is None or width is None:
+            rows, columns = _pair(pipe.unet.config.sample_size)
+            height, width = height or rows * pipe.vae_scale_factor, width or columns * pipe.vae_scale_factor
+        device = pipe._execution_device
+        condition = _condition(pipe, prompts, num_images_per_prompt, height, width, options)
+        pipe.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = pipe.scheduler.timesteps
+        sizes = step_sizes(len(timesteps), step_size, share)
+
+        def forward(z: Tensor, index: int) -> object:
+            scaled = pipe.scheduler.scale_model_input(z, timesteps[index])
+            return pipe.unet(scaled, timesteps[index], **condition)
+
+        def move(moving: Tensor, index: int) -> Tensor:
+            return guide.move(moving, sizes[index], partial(forward, index=index)) if sizes[index] else moving
+
+        def after_step(stock: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if index + 1 < len(timesteps):
+                tensors["latents"] = move(tensors["latents"], index + 1)
+            if callback_on_step_end is None:
+                return tensors
+            return {**tensors, **callback_on_step_end(stock, index, timestep, tensors)}
+
+        if latents is None:
+            sides = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+            shape = (len(groups), pipe.unet.config.in_channels, *sides)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=pipe.unet.dtype)
+        sigma = pipe.scheduler.init_noise_sigma
+        noisy = latents * sigma
+        begun = latents + (move(noisy, 0) - noisy) / sigma  # the pipeline multiplies by sigma: zero moves change no bit
+        output = pipe(
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=begun,
+            callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *callback_on_step_end_tensor_inputs])),
+            **options,
+        )
+        if not isinstance(output, tuple):
+            output.losses = guide.losses
+        return output
+
+
+def _one_per_prompt(prompts: Sequence[str], concepts: Any, single: bool) -> list[Any]:
+    if concepts is None or single:
+        return [concepts] * len(prompts)
+    if isinstance(concepts, str) or len(concepts) != len(prompts):
+        raise ValueError(f"AStarPipeline: concepts must be one list per prompt, {len(prompts)}, got {concepts!r}")
+    return list(concepts)
+
+
+def _groups(tokenizer: Any, prompt: str, concepts: Any) -> list[list[int]]:
+    """Token positions of each concept."""
+    if concepts is not None and all(isinstance(each, (list, range)) for each in concepts):
+        groups = [list(each) for each in concepts]
+    else:
+        found = concept_phrases(prompt) if concepts is None else concepts
+        groups = token_groups(tokenizer, prompt, found)
+    if not groups:
+        raise ValueError(f"AStarPipeline: concepts must be named for {prompt!r}, in which no noun phrase was found")
+    return groups
+
+
+@torch.no_grad()
+def _condition(pipe: Any, prompts: Sequence[str], images: int, height: int, width: int, options: Any) -> dict[str, Any]:
+    """What the UNet is called with for the images' own text, as the pipeline itself makes it."""
+    encoded = pipe.encode_prompt(
+        prompt=list(prompts), device=pipe._execution_device, num_images_per_prompt=images,
+        do_classifier_free_guidance=False, clip_skip=options.get("clip_skip"),
+    )  # fmt: skip
+    condition: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
+    if getattr(pipe, "text_encoder_2", None) is None:
+        return condition
+    pooled = encoded[2]
+    time_ids = pipe._get_add_time_ids(
+        options.get("original_size") or (height, width),
+        options.get("crops_coords_top_left") or (0, 0),
+        options.get("target_size") or (height, width),
+        dtype=encoded[0].dtype,
+        text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
+    )
+    time_ids = time_ids.to(pooled.device).repeat(pooled.shape[0], 1)
+    return condition | {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

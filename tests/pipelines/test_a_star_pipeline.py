@@ -1,0 +1,136 @@
+"""A-STAR around stock pipelines: what it must not change, what it lowers, schedulers, batches, and mistakes."""
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import make_sd, make_sdxl
+
+from vision_attn.guidance import LatentGuide, segregation_loss, token_groups
+from vision_attn.pipelines import AStarPipeline
+
+PROMPTS = ["a red circle and a blue square", "a green star, a black circle and a red triangle"]
+OPTIONS = {"height": 64, "width": 96, "num_inference_steps": 4, "output_type": "latent", "resolution": (16, 24)}
+STOCK = {name: value for name, value in OPTIONS.items() if name != "resolution"}
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+    "euler": diffusers.EulerDiscreteScheduler(),
+    "dpm++": diffusers.DPMSolverMultistepScheduler(),
+    "unipc": diffusers.UniPCMultistepScheduler(),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy 2
+
+
+@pytest.fixture(params=[make_sd, make_sdxl], ids=["sd", "sdxl"])
+def pipe(request):
+    return request.param()
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_step_size_of_zero_is_the_stock_pipeline(name):
+    pipe = make_sd()
+    pipe.scheduler = SCHEDULERS[name]
+    stock = pipe(PROMPTS[0], generator=seeds(1), **STOCK).images
+    assert torch.equal(AStarPipeline(pipe)(PROMPTS[0], step_size=0, generator=seeds(1), **OPTIONS).images, stock)
+    guided = AStarPipeline(pipe)(PROMPTS[0], generator=seeds(1), **OPTIONS)
+    assert not torch.equal(guided.images, stock)
+    assert guided.images.isfinite().all()
+    assert torch.tensor(guided.losses).shape == (2, 1)
+    assert torch.equal(pipe(PROMPTS[0], generator=seeds(1), **STOCK).images, stock)
+
+
+def test_moves_lower_the_loss(pipe):
+    groups = [token_groups(pipe.tokenizer, prompt, ["red circle", "blue square"]) for prompt in [PROMPTS[0]] * 2]
+    guide = LatentGuide(pipe.unet, groups, loss=lambda maps, masks: segregation_loss(maps), resolution=(16, 24))
+    text = torch.randn(2, 24, pipe.unet.config.cross_attention_dim)
+    added = {"text_embeds": torch.randn(2, 16), "time_ids": torch.randn(2, 6)}
+    latents = torch.randn(2, 4, 32, 48, generator=seeds(1)[0])
+    for _ in range(6):
+        latents = guide.move(latents, 100.0, lambda z: pipe.unet(z, 500, text, added_cond_kwargs=added))
+    for sample in range(2):
+        losses = [step[sample] for step in guide.losses]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="latents must be 2 samples, got 1"):
+        guide.move(latents[:1], 1.0, lambda z: None)
+
+
+@pytest.mark.parametrize("loss", ["a-star", "attend-and-excite"])
+def test_a_batch_is_its_prompts(pipe, loss):
+    guided = AStarPipeline(pipe)
+    options = {**OPTIONS, "share": 1.0, "loss": loss, "step_size": 5.0}
+    batch = guided(PROMPTS, generator=seeds(1, 2), **options)
+    for number, prompt in enumerate(PROMPTS):
+        alone = guided(prompt, generator=seeds(number + 1), **options)
+        torch.testing.assert_close(alone.images[0], batch.images[number], atol=1e-4, rtol=1e-4)
+        assert [step[0] for step in alone.losses] == pytest.approx([step[number] for step in batch.losses], abs=1e-4)
+
+
+def test_retention_joins_in_the_second_step():
+    seen = []
+
+    def loss(maps, masks):
+        seen.append(None if masks is None else set(masks.unique().tolist()))
+        return segregation_loss(maps)
+
+    AStarPipeline(make_sd())(PROMPTS[0], loss=loss, share=1, generator=seeds(1), **OPTIONS)
+    assert seen[0] is None
+    assert len(seen) == 4
+    assert all(values <= {0.0, 1.0} for values in seen[1:])
+
+
+def test_callbacks_see_moved_latents():
+    pipe, seen = make_sd(), []
+
+    def callback(stock, index, timestep, tensors):
+        seen.append((index, tensors["latents"].clone(), tensors["prompt_embeds"].shape))
+        return {}
+
+    AStarPipeline(pipe)(
+        PROMPTS[0], generator=seeds(1), callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **OPTIONS,
+    )  # fmt: skip
+    assert [index for index, *_ in seen] == [0, 1, 2, 3]
+    assert seen[0][2] == (2, 24, 16)
+
+
+def test_concepts_that_a_user_names():
+    guided = AStarPipeline(make_sd())
+    named = guided(PROMPTS[0], concepts=["circle", "square"], generator=seeds(1), **OPTIONS).images
+    groups = token_groups(guided.tokenizer, PROMPTS[0], ["circle", "square"])
+    assert torch.equal(guided(PROMPTS[0], concepts=groups, generator=seeds(1), **OPTIONS).images, named)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"concepts": ["a green star"]}, ValueError, r"phrases must be in the prompt .* got 'a green star'"),
+        ({"concepts": []}, ValueError, r"concepts must be named for 'a red circle and a blue square'"),
+        ({"loss": "iou"}, ValueError, "loss must be one of a-star, attend-and-excite or a function, got 'iou'"),
+        ({"loss": 3}, TypeError, "loss must be a name or a function of maps and masks, got 3"),
+        ({"mode": "median"}, ValueError, "binarize: mode must be one of"),
+        ({"share": 2}, ValueError, "share must be from 0 to 1, got 2"),
+        ({"step_size": -1}, ValueError, "step_size must be at least 0, got -1"),
+        ({"resolution": (3, 3)}, ValueError, r"resolution must be one of .* got \(3, 3\)"),
+        ({"prompt_embeds": torch.zeros(1)}, TypeError, "prompt_embeds must be left out"),
+        ({"loss": lambda maps, masks: maps.sum() * float("nan")}, RuntimeError, "loss and gradient must be finite"),
+    ],
+)
+def test_mistakes(arguments, error, message):
+    pipe = make_sd()
+    with pytest.raises(error, match=message):
+        AStarPipeline(pipe)(PROMPTS[0], generator=seeds(1), **{**OPTIONS, **arguments})
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+
+
+def test_prompts_that_do_not_fit():
+    guided = AStarPipeline.from_pipe(make_sd())
+    with pytest.raises(ValueError, match="concepts must be named for 'of and the'"):
+        guided("of and the", **OPTIONS)
+    with pytest.raises(ValueError, match=r"concepts must be one list per prompt, 2, got \['a'\]"):
+        guided(PROMPTS, concepts=["a"], **OPTIONS)
+    with pytest.raises(NotImplementedError, match="AStarPipeline: pipe must be a Stable Diffusion pipeline"):
+        AStarPipeline(diffusers.DDPMScheduler())

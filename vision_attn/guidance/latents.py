@@ -1,0 +1,153 @@
+"""Latents moved by the gradient of a loss of their attention maps, before a denoising step.
+
+Source: A-STAR (arXiv 2306.14544), section 3, equation 4; Attend-and-Excite (arXiv 2301.13826), section 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.guidance.capture import AttentionCapture
+from vision_attn.guidance.losses import attend_and_excite_loss, retention_loss, segregation_loss
+from vision_attn.guidance.maps import binarize, concept_maps
+
+MapLoss = Callable[[Tensor, "Tensor | None"], Tensor]
+"""A loss of maps `[n, Y, X]` of one sample and of the masks of the step before, None in the first."""
+
+_FLOAT16_SCALE = 1024.0  # gradients are about 1e-5, near the end of what float16 can say
+
+
+def a_star_loss(maps: Tensor, masks: Tensor | None) -> Tensor:
+    """Segregation, and from the second step on retention: equation 4 of A-STAR before the gradient."""
+    loss = segregation_loss(maps)
+    return loss if masks is None else loss + retention_loss(maps, masks)
+
+
+LOSSES: dict[str, MapLoss] = {
+    "a-star": a_star_loss,
+    "attend-and-excite": lambda maps, masks: attend_and_excite_loss(maps),
+}
+
+
+class LatentGuide:
+    """Moves latents down the gradient of a loss, step after step of one run.
+
+    Args:
+        unet: The denoiser; its parameters get no gradient.
+        groups: Per sample, the token positions of each concept.
+        loss: A name of `LOSSES`, or a function of maps and masks.
+        threshold: Of the masks, see `binarize`.
+        mode: Of the masks, see `binarize`.
+        resolution: Of the maps, see `AttentionCapture`.
+
+    Attributes:
+        losses: Per step so far, the loss of each sample.
+
+    Raises:
+        ValueError, TypeError: an unknown loss, a sample without concepts.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        groups: Sequence[Sequence[Sequence[int]]],
+        *,
+        loss: str | MapLoss = "a-star",
+        threshold: float = 0.5,
+        mode: str = "relative",
+        resolution: tuple[int, int] | None = None,
+    ) -> None:
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise ValueError(f"LatentGuide: loss must be one of {', '.join(LOSSES)} or a function, got {loss!r}")
+        if not isinstance(loss, str) and not callable(loss):
+            raise TypeError(f"LatentGuide: loss must be a name or a function of maps and masks, got {loss!r}")
+        if not all(groups):
+            raise ValueError("LatentGuide: groups must hold at least one concept per sample, got none: name concepts")
+        binarize(torch.ones(1, 1, 1), threshold, mode)  # refuses what is out of range before any work
+        self.unet, self.groups, self.resolution = unet, groups, resolution
+        self.loss: MapLoss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.threshold, self.mode = threshold, mode
+        self.losses: list[list[float]] = []
+        self._masks: list[Tensor | None] = [None] * len(groups)
+
+    def move(self, latents: Tensor, step_size: float, forward: Callable[[Tensor], object]) -> Tensor:
+        """Latents for the next denoising step.
+
+        Args:
+            latents: `[B, C, Y, X]`, a row per sample of `groups`.
+            step_size: Factor on the gradient; 0 leaves the latents as they are, bit for bit.
+            forward: Calls the UNet on latents with the samples' own text, scaled as the scheduler wants it.
+
+        Returns:
+            Latents in the same dtype.
+
+        Raises:
+            ValueError: another number of latents than of samples.
+            RuntimeError: a loss or a gradient that is not finite.
+        """
+        if latents.shape[0] != len(self.groups):
+            raise ValueError(f"LatentGuide: latents must be {len(self.groups)} samples, got {latents.shape[0]}")
+        with torch.enable_grad(), _frozen(self.unet):
+            moved = latents.detach().clone().requires_grad_()
+            with AttentionCapture(self.unet, resolution=self.resolution, stop=True) as capture:
+                forward(moved)
+                maps = [
+                    concept_maps(sample, groups)
+                    for sample, groups in zip(capture.probabilities, self.groups, strict=True)
+                ]
+                losses = torch.stack([self.loss(*pair) for pair in zip(maps, self._masks, strict=True)])
+                scale = _FLOAT16_SCALE if latents.dtype == torch.float16 else 1.0
+                (gradient,) = torch.autograd.grad(scale * losses.sum(), moved)
+        if not (losses.isfinite().all() and gradient.isfinite().all()):
+            raise RuntimeError(
+                f"LatentGuide: loss and gradient must be finite, got losses {losses.tolist()}: use float32 or bfloat16"
+            )
+        self.losses.append(losses.tolist())
+        self._masks = [binarize(each.detach(), self.threshold, self.mode) for each in maps]
+        if step_size == 0:
+            return latents
+        return (latents.float() - step_size / scale * gradient.float()).to(latents.dtype)
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Without gradients of parameters, for which activations would be kept."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def step_sizes(steps: int, step_size: float = 20.0, share: float = 0.5) -> list[float]:
+    """A falling schedule over the first steps of a run, 0 after them.
+
+    Args:
+        steps: Of the run.
+        step_size: Of the first step; it falls with the square root of a line to half of that line's start, over the
+            whole run.
+        share: Of the steps that get any, 0 to 1; 1 is the paper's.
+
+    Raises:
+        ValueError: a share out of range, a negative step size.
+
+    Source: `20 * sqrt(linspace(1, 0.5, T))` is Attend-and-Excite's; A-STAR gives no schedule.
+
+    Example:
+        >>> [round(size, 2) for size in step_sizes(4)]
+        [20.0, 18.26, 0.0, 0.0]
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"step_sizes: share must be from 0 to 1, got {share}")
+    if step_size < 0:
+        raise ValueError(f"step_sizes: step_size must be at least 0, got {step_size}")
+    line = torch.linspace(1, 0.5, steps, dtype=torch.float64).sqrt().tolist()
+    last = round(share * steps)
+    return [step_size * factor if index < last else 0.0 for index, factor in enumerate(line)]

@@ -114,6 +114,15 @@ def test_saved_models_come_back(family, tmp_path):
         assert torch.equal(again(images()), model(images()))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_full_graph_compile(family):
+    torch._dynamo.reset()
+    model = make(family).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), model(images()), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", timm.list_models("va_*"))
 def test_pretrained_configurations_say_where_weights_are(name):
     config = timm.get_pretrained_cfg(name)

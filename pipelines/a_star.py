@@ -30,13 +30,18 @@ class AStarPipeline:
         pipe: The stock pipeline, text-to-image.
 
     Raises:
-        NotImplementedError: a pipeline without a UNet.
+        NotImplementedError: a pipeline without a UNet, or of a model distilled to a few steps.
 
     Source: arXiv 2306.14544; the losses of Attend-and-Excite (arXiv 2301.13826) and of your own as well.
     """
 
     def __init__(self, pipe: Any) -> None:
         require_unet("AStarPipeline", pipe)
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            raise NotImplementedError(
+                f"AStarPipeline: pipe must not take its guidance scale as a condition, got {type(pipe.unet).__name__} "
+                "with time_cond_proj_dim: models distilled to a few steps leave too few to move latents"
+            )
         self.pipe = pipe
 
     @classmethod
@@ -98,10 +103,10 @@ class AStarPipeline:
             The stock pipeline's output; its attribute `losses` lists, per step, the loss of each image.
 
         Raises:
-            TypeError: text that is given as embeddings or as a second prompt.
+            TypeError: text that is given as embeddings or as a second prompt, timesteps of your own, an IP-Adapter.
             ValueError: concepts that the prompt does not have, or a prompt without any.
         """
-        for name in ("prompt_embeds", "prompt_2", "timesteps", "sigmas"):
+        for name in ("prompt_embeds", "prompt_2", "timesteps", "sigmas", "ip_adapter_image", "ip_adapter_image_embeds"):
             if options.get(name) is not None:
                 raise TypeError(f"AStarPipeline: {name} must be left out")
         pipe, prompts = self.pipe, [prompt] if isinstance(prompt, str) else list(prompt)
@@ -186,6 +191,8 @@ def _condition(pipe: Any, prompts: Sequence[str], images: int, height: int, widt
         do_classifier_free_guidance=False, clip_skip=options.get("clip_skip"),
     )  # fmt: skip
     condition: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
+    if options.get("cross_attention_kwargs") is not None:
+        condition["cross_attention_kwargs"] = options["cross_attention_kwargs"]
     if getattr(pipe, "text_encoder_2", None) is None:
         return condition
     pooled = encoded[2]

@@ -116,6 +116,7 @@ def test_concepts_that_a_user_names():
         ({"step_size": -1}, ValueError, "step_size must be at least 0, got -1"),
         ({"resolution": (3, 3)}, ValueError, r"resolution must be one of .* got \(3, 3\)"),
         ({"prompt_embeds": torch.zeros(1)}, TypeError, "prompt_embeds must be left out"),
+        ({"ip_adapter_image": torch.zeros(1)}, TypeError, "ip_adapter_image must be left out"),
         ({"loss": lambda maps, masks: maps.sum() * float("nan")}, RuntimeError, "loss and gradient must be finite"),
     ],
 )
@@ -134,3 +135,7 @@ def test_prompts_that_do_not_fit():
         guided(PROMPTS, concepts=["a"], **OPTIONS)
     with pytest.raises(NotImplementedError, match="AStarPipeline: pipe must be a Stable Diffusion pipeline"):
         AStarPipeline(diffusers.DDPMScheduler())
+    distilled = make_sd()
+    distilled.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(NotImplementedError, match="must not take its guidance scale as a condition"):
+        AStarPipeline(distilled)

@@ -16,43 +16,46 @@ from torch import Tensor
 
 from vision_attn.guidance.latents import LatentGuide, MapLoss, step_sizes
 from vision_attn.guidance.phrases import concept_phrases
-from vision_attn.guidance.structured import require_unet
-from vision_attn.guidance.tokens import token_groups
+from vision_attn.guidance.structured import require_plain_prompt, require_unet
+from vision_attn.guidance.tokens import readable, token_groups
+from vision_attn.pipelines.guided import GuidedPipeline, text_options
+
+_SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_REFUSED = (
+    "prompt_embeds", "prompt_2", "timesteps", "sigmas", "ip_adapter_image", "ip_adapter_image_embeds", "denoising_end",
+)  # fmt: skip
+_FORGETFUL = ("PNDMScheduler",)
 
 
-class AStarPipeline:
+class AStarPipeline(GuidedPipeline):
     """A stock pipeline of SD 1, SD 2 or SDXL that keeps the concepts of a prompt apart while it draws.
 
     Before a denoising step the latents move down the gradient of a loss of the cross-attention maps: concepts should
-    not overlap, and should stay where they were. It costs one more forward, of half the UNet, and its backward pass.
+    not overlap, and should stay where they were. It costs one more forward and its backward pass, up to the last layer
+    whose maps are needed: half of SD 1.5's work, three quarters of SDXL's.
 
     Args:
         pipe: The stock pipeline, text-to-image.
 
     Raises:
-        NotImplementedError: a pipeline without a UNet, or of a model distilled to a few steps.
+        NotImplementedError: another pipeline, or one of a model distilled to a few steps.
 
     Source: arXiv 2306.14544; the losses of Attend-and-Excite (arXiv 2301.13826) and of your own as well.
     """
 
     def __init__(self, pipe: Any) -> None:
         require_unet("AStarPipeline", pipe)
+        if not any(cls.__name__ in _SERVED for cls in type(pipe).__mro__):
+            raise NotImplementedError(
+                f"AStarPipeline: pipe must be a text-to-image pipeline, {' or '.join(_SERVED)}, got "
+                f"{type(pipe).__name__}: its denoiser sees more than the latents and the text"
+            )
         if pipe.unet.config.time_cond_proj_dim is not None:
             raise NotImplementedError(
                 f"AStarPipeline: pipe must not take its guidance scale as a condition, got {type(pipe.unet).__name__} "
                 "with time_cond_proj_dim: models distilled to a few steps leave too few to move latents"
             )
-        self.pipe = pipe
-
-    @classmethod
-    def from_pipe(cls, pipe: Any) -> AStarPipeline:
-        """The same parts with guidance; `pipe` itself stays as it is."""
-        return cls(pipe)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "pipe":  # not there yet: a copy is being made
-            raise AttributeError(name)
-        return getattr(self.pipe, name)
+        super().__init__(pipe)
 
     def __call__(
         self,
@@ -104,14 +107,16 @@ class AStarPipeline:
 
         Raises:
             TypeError: text that is given as embeddings or as a second prompt, timesteps of your own, an IP-Adapter.
+            NotImplementedError: a scheduler that goes back to latents of its own (PNDM, Heun, KDPM2).
             ValueError: concepts that the prompt does not have, or a prompt without any.
         """
-        for name in ("prompt_embeds", "prompt_2", "timesteps", "sigmas", "ip_adapter_image", "ip_adapter_image_embeds"):
+        for name in _REFUSED:
             if options.get(name) is not None:
                 raise TypeError(f"AStarPipeline: {name} must be left out")
+        _check_scheduler(self.pipe.scheduler)
         pipe, prompts = self.pipe, [prompt] if isinstance(prompt, str) else list(prompt)
         groups = [
-            _groups(pipe.tokenizer, text, own)
+            _groups(pipe, text, own)
             for text, own in zip(prompts, _one_per_prompt(prompts, concepts, isinstance(prompt, str)), strict=True)
             for _ in range(num_images_per_prompt)
         ]
@@ -139,10 +144,12 @@ class AStarPipeline:
                 return tensors
             return {**tensors, **callback_on_step_end(stock, index, timestep, tensors)}
 
+        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         if latents is None:
             sides = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
             shape = (len(groups), pipe.unet.config.in_channels, *sides)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=pipe.unet.dtype)
+        latents = latents.to(device)
         sigma = pipe.scheduler.init_noise_sigma
         noisy = latents * sigma
         begun = latents + (move(noisy, 0) - noisy) / sigma  # the pipeline multiplies by sigma: zero moves change no bit
@@ -155,7 +162,7 @@ class AStarPipeline:
             generator=generator,
             latents=begun,
             callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *callback_on_step_end_tensor_inputs])),
+            callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *wanted])),
             **options,
         )
         if not isinstance(output, tuple):
@@ -171,16 +178,27 @@ def _one_per_prompt(prompts: Sequence[str], concepts: Any, single: bool) -> list
     return list(concepts)
 
 
-def _groups(tokenizer: Any, prompt: str, concepts: Any) -> list[list[int]]:
+def _groups(pipe: Any, prompt: str, concepts: Any) -> list[list[int]]:
     """Token positions of each concept."""
-    if concepts is not None and all(isinstance(each, (list, range)) for each in concepts):
-        groups = [list(each) for each in concepts]
-    else:
-        found = concept_phrases(prompt) if concepts is None else concepts
-        groups = token_groups(tokenizer, prompt, found)
+    require_plain_prompt("AStarPipeline", pipe, prompt)
+    if isinstance(concepts, (list, tuple)) and concepts and all(isinstance(each, (list, range)) for each in concepts):
+        return [list(each) for each in concepts]
+    found = readable(pipe.tokenizer, prompt, concept_phrases(prompt)) if concepts is None else concepts
+    groups = token_groups(pipe.tokenizer, prompt, found)
     if not groups:
-        raise ValueError(f"AStarPipeline: concepts must be named for {prompt!r}, in which no noun phrase was found")
+        given = "in which no noun phrase was found" if concepts is None else f"got {concepts!r}"
+        raise ValueError(f"AStarPipeline: concepts must be named for {prompt!r}, {given}")
     return groups
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Refuse schedulers whose second evaluations go back to a sample that they kept: moves would be lost."""
+    name = type(scheduler).__name__
+    if name in _FORGETFUL or getattr(scheduler, "order", 1) > 1:
+        raise NotImplementedError(
+            f"AStarPipeline: scheduler must go on from the latents it is given, got {name}, which goes back to its "
+            "own: use pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or Euler or DPM++ 2M"
+        )
 
 
 @torch.no_grad()
@@ -188,7 +206,7 @@ def _condition(pipe: Any, prompts: Sequence[str], images: int, height: int, widt
     """What the UNet is called with for the images' own text, as the pipeline itself makes it."""
     encoded = pipe.encode_prompt(
         prompt=list(prompts), device=pipe._execution_device, num_images_per_prompt=images,
-        do_classifier_free_guidance=False, clip_skip=options.get("clip_skip"),
+        do_classifier_free_guidance=False, **text_options(options),
     )  # fmt: skip
     condition: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
     if options.get("cross_attention_kwargs") is not None:

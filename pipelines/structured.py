@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from vision_attn.guidance.structured import require_unet, structured_embeddings, value_context
+from vision_attn.pipelines.guided import GuidedPipeline, text_options
 
 
-class StructuredDiffusionPipeline:
+class StructuredDiffusionPipeline(GuidedPipeline):
     """A stock pipeline of SD 1, SD 2 or SDXL whose cross-attention takes values from phrases encoded alone.
 
     It shares the stock pipeline's parts and runs its code; everything that is not named here is the stock pipeline's.
@@ -27,39 +28,26 @@ class StructuredDiffusionPipeline:
 
     def __init__(self, pipe: Any) -> None:
         require_unet("StructuredDiffusionPipeline", pipe)
-        self.pipe = pipe
-
-    @classmethod
-    def from_pipe(cls, pipe: Any) -> StructuredDiffusionPipeline:
-        """The same parts with structured guidance; `pipe` itself stays as it is."""
-        return cls(pipe)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "pipe":  # not there yet: a copy is being made
-            raise AttributeError(name)
-        return getattr(self.pipe, name)
+        super().__init__(pipe)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        *arguments: Any,
+        *,
         phrases: Any = None,
         mode: str = "paper",
         strength: float = 1.0,
         num_images_per_prompt: int = 1,
-        clip_skip: int | None = None,
         **options: Any,
     ) -> Any:
         """Draw as the stock pipeline does.
 
         Args:
             prompt: One or several.
-            arguments: Further positional arguments of the stock pipeline.
             phrases: As of `structured_embeddings`; for several prompts None, a function, or one list per prompt.
             mode: As of `structured_embeddings`.
             strength: As of `structured_embeddings`; 0 draws what the stock pipeline draws.
             num_images_per_prompt: As of the stock pipeline.
-            clip_skip: As of the stock pipeline.
             options: Further arguments of the stock pipeline.
 
         Returns:
@@ -75,14 +63,12 @@ class StructuredDiffusionPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         each = _one_per_prompt(prompts, phrases, isinstance(prompt, str))
         values = [
-            structured_embeddings(self.pipe, text, own, mode, strength, clip_skip=clip_skip).value_embeds
+            structured_embeddings(self.pipe, text, own, mode, strength, **text_options(options)).value_embeds
             for text, own in zip(prompts, each, strict=True)
         ]
         rows = torch.cat(values).repeat_interleave(num_images_per_prompt, 0)
-        if clip_skip is not None:
-            options["clip_skip"] = clip_skip
         with value_context(self.pipe.unet, rows):
-            return self.pipe(prompt, *arguments, num_images_per_prompt=num_images_per_prompt, **options)
+            return self.pipe(prompt, num_images_per_prompt=num_images_per_prompt, **options)
 
 
 def _one_per_prompt(prompts: Sequence[str], phrases: Any, single: bool) -> list[Any]:

@@ -137,6 +137,25 @@ def test_mistakes(sd, arguments, error, message):
         structured_embeddings(sd, PROMPT, **arguments)
 
 
+def test_phrases_beyond_what_the_encoder_reads(sd):
+    long = "a red circle and " * 6 + "a blue star"
+    with pytest.warns(UserWarning, match=r"beyond the 23 tokens .* left out: \['a red circle', 'a blue star'\]"):
+        structured_embeddings(sd, long)
+    with pytest.raises(ValueError, match="within the 23 tokens"):
+        structured_embeddings(sd, long, ["a blue star"])
+
+
+def test_phrases_that_end_within_a_word(sd):
+    with pytest.raises(ValueError, match=r"phrases must be of whole tokens, got 'a blu', which alone is"):
+        structured_embeddings(sd, PROMPT, [(17, 22)])
+
+
+def test_textual_inversion_of_several_vectors(sd, monkeypatch):
+    monkeypatch.setattr(sd, "maybe_convert_prompt", lambda prompt, tokenizer: prompt + " circle_1", raising=False)
+    with pytest.raises(NotImplementedError, match="prompt must hold no textual inversion of several vectors"):
+        structured_embeddings(sd, PROMPT)
+
+
 def test_other_pipelines_are_refused():
     message = r"a Stable Diffusion pipeline with a UNet, got Tensor: .*\(FLUX, SD3"
     with pytest.raises(NotImplementedError, match=message):

@@ -1,5 +1,7 @@
 """A-STAR around stock pipelines: what it must not change, what it lowers, schedulers, batches, and mistakes."""
 
+from functools import partial
+
 import diffusers
 import pytest
 import torch
@@ -12,10 +14,10 @@ PROMPTS = ["a red circle and a blue square", "a green star, a black circle and a
 OPTIONS = {"height": 64, "width": 96, "num_inference_steps": 4, "output_type": "latent", "resolution": (16, 24)}
 STOCK = {name: value for name, value in OPTIONS.items() if name != "resolution"}
 SCHEDULERS = {
-    "ddim": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-    "euler": diffusers.EulerDiscreteScheduler(),
-    "dpm++": diffusers.DPMSolverMultistepScheduler(),
-    "unipc": diffusers.UniPCMultistepScheduler(),
+    "ddim": partial(diffusers.DDIMScheduler, steps_offset=1, clip_sample=False),
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
 }
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy 2
 
@@ -32,7 +34,7 @@ def seeds(*numbers):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_step_size_of_zero_is_the_stock_pipeline(name):
     pipe = make_sd()
-    pipe.scheduler = SCHEDULERS[name]
+    pipe.scheduler = SCHEDULERS[name]()
     stock = pipe(PROMPTS[0], generator=seeds(1), **STOCK).images
     assert torch.equal(AStarPipeline(pipe)(PROMPTS[0], step_size=0, generator=seeds(1), **OPTIONS).images, stock)
     guided = AStarPipeline(pipe)(PROMPTS[0], generator=seeds(1), **OPTIONS)
@@ -117,6 +119,8 @@ def test_concepts_that_a_user_names():
         ({"resolution": (3, 3)}, ValueError, r"resolution must be one of .* got \(3, 3\)"),
         ({"prompt_embeds": torch.zeros(1)}, TypeError, "prompt_embeds must be left out"),
         ({"ip_adapter_image": torch.zeros(1)}, TypeError, "ip_adapter_image must be left out"),
+        ({"denoising_end": 0.5}, TypeError, "denoising_end must be left out"),
+        ({"concepts": []}, ValueError, r"for 'a red circle and a blue square', got \[\]"),
         ({"loss": lambda maps, masks: maps.sum() * float("nan")}, RuntimeError, "loss and gradient must be finite"),
     ],
 )
@@ -139,3 +143,37 @@ def test_prompts_that_do_not_fit():
     distilled.unet.register_to_config(time_cond_proj_dim=8)
     with pytest.raises(NotImplementedError, match="must not take its guidance scale as a condition"):
         AStarPipeline(distilled)
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.PNDMScheduler, diffusers.HeunDiscreteScheduler])
+def test_schedulers_that_lose_moves_are_refused(scheduler):
+    guided = AStarPipeline(make_sd())
+    guided.scheduler = scheduler()
+    with pytest.raises(NotImplementedError, match=f"scheduler must go on from .*, got {scheduler.__name__}"):
+        guided(PROMPTS[0], **OPTIONS)
+
+
+def test_pipelines_with_more_than_text_are_refused():
+    class StableDiffusionControlNetPipeline:
+        components = make_sd().components
+
+    message = "a text-to-image pipeline, .*, got StableDiffusionControlNetPipeline"
+    with pytest.raises(NotImplementedError, match=message):
+        AStarPipeline(StableDiffusionControlNetPipeline())
+
+
+def test_callbacks_of_diffusers():
+    class Callback(diffusers.callbacks.PipelineCallback):
+        tensor_inputs = ("prompt_embeds",)
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"prompt_embeds": callback_kwargs["prompt_embeds"]}
+
+    callback = Callback(cutoff_step_ratio=None, cutoff_step_index=1)
+    AStarPipeline(make_sd())(PROMPTS[0], generator=seeds(1), callback_on_step_end=callback, **OPTIONS)
+
+
+def test_inference_mode_is_refused():
+    guided = AStarPipeline(make_sd())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"moved outside of torch.inference_mode\(\)"):
+        guided(PROMPTS[0], **OPTIONS)

@@ -60,9 +60,26 @@ def test_the_rest_is_the_stock_pipelines(pipe):
     structured = StructuredDiffusionPipeline(pipe)
     assert structured.unet is pipe.unet
     assert structured.components.keys() == pipe.components.keys()
+    assert structured.to("cpu") is structured
+    structured.scheduler = diffusers.DPMSolverMultistepScheduler()
+    assert type(pipe.scheduler) is diffusers.DPMSolverMultistepScheduler
     assert copy.copy(structured).pipe is pipe
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         structured.nothing_of_the_kind  # noqa: B018
+
+
+def test_text_is_encoded_as_the_stock_pipeline_does(monkeypatch):
+    pipe, seen = make_sd(), []
+    encode = pipe.encode_prompt
+
+    def watched(prompt, *arguments, **options):
+        seen.append(options.get("lora_scale"))
+        return encode(prompt, *arguments, **{**options, "lora_scale": None})
+
+    monkeypatch.setattr(pipe, "encode_prompt", watched)
+    options = {**OPTIONS, "cross_attention_kwargs": {"scale": 0.5}}
+    StructuredDiffusionPipeline(pipe)(PROMPTS[0], generator=seeds(1), **options)
+    assert seen == [0.5] * 4  # the prompt and its two phrases, and the stock pipeline's
 
 
 def test_mistakes(pipe):

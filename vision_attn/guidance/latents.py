@@ -91,6 +91,10 @@ class LatentGuide:
         """
         if latents.shape[0] != len(self.groups):
             raise ValueError(f"LatentGuide: latents must be {len(self.groups)} samples, got {latents.shape[0]}")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "LatentGuide: latents must be moved outside of torch.inference_mode(): use torch.no_grad()"
+            )
         with torch.enable_grad(), _frozen(self.unet):
             moved = latents.detach().clone().requires_grad_()
             with AttentionCapture(self.unet, resolution=self.resolution, stop=True) as capture:

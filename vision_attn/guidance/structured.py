@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.guidance.phrases import Phrase, find_phrases
-from vision_attn.guidance.tokens import align, token_groups
+from vision_attn.guidance.tokens import align, readable, token_groups
 
 MODES = ("paper", "covering", "replace")
 _REFUSED = ("transformer", "transformer_2", "prior")
@@ -46,6 +46,7 @@ def structured_embeddings(
     strength: float = 1.0,
     *,
     clip_skip: int | None = None,
+    lora_scale: float | None = None,
 ) -> StructuredEmbeds:
     """Keys and values of a prompt for the UNet of a Stable Diffusion pipeline.
 
@@ -60,6 +61,7 @@ def structured_embeddings(
             one of nested phrases.
         strength: Share of that mixture, 0 to 1; the prompt's encoding has the rest.
         clip_skip: As the pipeline's.
+        lora_scale: Of adapters of the text encoder, the pipeline's `cross_attention_kwargs["scale"]`.
 
     Returns:
         `(key_embeds, value_embeds)`, both in the encoder's dtype.
@@ -73,12 +75,13 @@ def structured_embeddings(
     """
     require_unet("structured_embeddings", pipe)
     _check(mode, strength)
+    require_plain_prompt("structured_embeddings", pipe, prompt)
     words = find_phrases(prompt, phrases)
     if phrases is None:
-        words = [phrase for phrase in words if len(phrase.text.split()) > 1]
-    whole = _encoded(pipe, prompt, clip_skip)
+        words = [phrase for phrase in readable(pipe.tokenizer, prompt, words) if len(phrase.text.split()) > 1]
+    whole = _encoded(pipe, prompt, clip_skip, lora_scale)
     groups = _groups(pipe, prompt, words)
-    alone = [_encoded(pipe, phrase.text, clip_skip) for phrase in words]
+    alone = [_encoded(pipe, phrase.text, clip_skip, lora_scale) for phrase in words]
     if not alone:
         return StructuredEmbeds(whole, whole)
     aligned = align(whole, alone, groups)
@@ -120,6 +123,20 @@ def require_unet(where: str, pipe: Any) -> None:
         )
 
 
+def require_plain_prompt(where: str, pipe: Any, prompt: str) -> None:
+    """Refuse a prompt that the pipeline changes before it encodes it: its phrases would be elsewhere.
+
+    Raises:
+        NotImplementedError: words of textual inversion that stand for several tokens.
+    """
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    if convert is not None and convert(prompt, pipe.tokenizer) != prompt:
+        raise NotImplementedError(
+            f"{where}: prompt must hold no textual inversion of several vectors, got {prompt!r}: its phrases would be "
+            "taken from the wrong places"
+        )
+
+
 def _check(mode: str, strength: float) -> None:
     if mode not in MODES:
         raise ValueError(f"structured_embeddings: mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -130,17 +147,26 @@ def _check(mode: str, strength: float) -> None:
 
 
 @torch.no_grad()
-def _encoded(pipe: Any, text: str, clip_skip: int | None) -> Tensor:
+def _encoded(pipe: Any, text: str, clip_skip: int | None, lora_scale: float | None) -> Tensor:
     """`[1, T, C]` as the pipeline itself encodes a prompt."""
     device = getattr(pipe, "_execution_device", pipe.device)
     embeds: Tensor = pipe.encode_prompt(
-        prompt=text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, clip_skip=clip_skip
-    )[0]
+        prompt=text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, clip_skip=clip_skip,
+        lora_scale=lora_scale,
+    )[0]  # fmt: skip
     return embeds
 
 
 def _groups(pipe: Any, prompt: str, phrases: Sequence[Phrase]) -> list[list[int]]:
     groups = token_groups(pipe.tokenizer, prompt, phrases)
+    ids = pipe.tokenizer(prompt).input_ids
+    for phrase, group in zip(phrases, groups, strict=True):
+        alone = pipe.tokenizer(phrase.text).input_ids[1:-1]
+        if [ids[place] for place in group] != alone:
+            raise ValueError(
+                f"structured_embeddings: phrases must be of whole tokens, got {phrase.text!r}, which alone is "
+                f"{len(alone)} tokens that differ from the {len(group)} in the prompt: let it begin and end with words"
+            )
     second = getattr(pipe, "tokenizer_2", None)
     if second is not None and token_groups(second, prompt, phrases) != groups:
         raise ValueError(

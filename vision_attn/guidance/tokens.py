@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vision_attn.guidance.phrases import find_phrases
+from vision_attn.guidance.phrases import Phrase, find_phrases
 
 
 def token_groups(tokenizer: Any, prompt: str, spans: Any) -> list[list[int]]:
@@ -44,6 +45,16 @@ def token_groups(tokenizer: Any, prompt: str, spans: Any) -> list[list[int]]:
             )
         groups.append(group)
     return groups
+
+
+def readable(tokenizer: Any, prompt: str, phrases: Sequence[Phrase]) -> list[Phrase]:
+    """The phrases that lie within what the encoder reads; the others are warned of, as pipelines warn of cut text."""
+    offsets, limit = _offsets(tokenizer, prompt), _capacity(tokenizer)
+    end = offsets[limit - 1][1] if len(offsets) > limit else len(prompt)
+    cut = [phrase.text for phrase in phrases if phrase.end > end]
+    if cut:
+        warnings.warn(f"phrases beyond the {limit} tokens that the encoder reads are left out: {cut}", stacklevel=4)
+    return [phrase for phrase in phrases if phrase.end <= end]
 
 
 def _offsets(tokenizer: Any, prompt: str) -> list[tuple[int, int]]:

@@ -1,0 +1,50 @@
+"""What pipelines around a stock pipeline share: everything that they do not do themselves is the stock one's."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+class GuidedPipeline:
+    """A stock pipeline with guidance around its call.
+
+    Attributes are the stock pipeline's, to read and to set; methods that return the stock pipeline, such as `to`,
+    return this one.
+
+    Args:
+        pipe: The stock pipeline.
+    """
+
+    pipe: Any
+
+    def __init__(self, pipe: Any) -> None:
+        self.__dict__["pipe"] = pipe
+
+    @classmethod
+    def from_pipe(cls, pipe: Any) -> Any:
+        """The same parts with guidance; `pipe` itself stays as it is."""
+        return cls(pipe)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipe" or name.startswith("__"):  # not there yet: a copy is being made
+            raise AttributeError(name)
+        value = getattr(self.pipe, name)
+        if not callable(value) or getattr(value, "__self__", None) is not self.pipe:
+            return value
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            return self if result is self.pipe else result
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.pipe, name, value)
+
+
+def text_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Of a call's arguments those that the encoding of its text depends on."""
+    scale = (options.get("cross_attention_kwargs") or {}).get("scale")
+    return {"clip_skip": options.get("clip_skip"), "lora_scale": scale}

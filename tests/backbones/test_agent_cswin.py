@@ -214,12 +214,6 @@ def test_classifier_channels_and_groups():
     assert "stage3.0.attns.0.get_v.weight" not in model.no_weight_decay()
 
 
-def test_full_graph_compile():
-    torch._dynamo.reset()
-    model, x = tiny().eval(), torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

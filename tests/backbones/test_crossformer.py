@@ -203,12 +203,6 @@ def test_classifier_channels_and_groups():
     assert model.no_weight_decay() == set()
 
 
-def test_full_graph_compile():
-    torch._dynamo.reset()
-    model, x = tiny().eval(), torch.randn(1, 3, 70, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
-
-
 def test_bfloat16():
     model, x = tiny().eval(), torch.randn(1, 3, 70, 64)
     expected = model(x)

@@ -98,12 +98,6 @@ def test_features_classifier_and_groups():
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
 
 
-def test_full_graph_compile():
-    torch._dynamo.reset()
-    model, x = tiny().eval(), torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

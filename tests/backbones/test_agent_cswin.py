@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from model_checks import check_classifier, check_order_of_groups, check_saved_weights
 from torch.nn.functional import pad
 
 import vision_attn.backbones  # noqa: F401 - registers the names
@@ -134,13 +135,7 @@ def test_released_weights_are_taken_whole(wrapper):
 
 
 def test_saved_weights_give_the_same_output(tmp_path):
-    model, x = tiny().eval(), torch.randn(2, 3, 64, 64)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    other = tiny().eval()
-    for parameter in other.parameters():
-        parameter.data.zero_()
-    other.load_state_dict(torch.load(tmp_path / "weights.pth"))
-    assert torch.equal(other(x), model(x))
+    check_saved_weights(tiny, torch.randn(2, 3, *(64, 64)), tmp_path)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 95)])
@@ -199,17 +194,11 @@ def test_features():
 
 
 def test_classifier_channels_and_groups():
-    model = tiny(in_chans=1, num_classes=0)
-    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 64)
-    model.reset_classifier(5)
-    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
-    groups = timm.models.group_parameters(model, model.group_matcher())
-    order = [name for _, names in sorted(groups.items()) for name in names]
-    assert len(order) == len(list(model.parameters()))
+    check_classifier(tiny, 64)
+    model = tiny()
     first = ("stage1_conv_embed.0", "stage1.0.qkv", "merge1.conv", "stage2.0.qkv", "stage2.1.qkv", "merge2.conv",
              "stage3.0.qkv", "merge3.conv", "stage4.0.qkv", "norm", "head")  # fmt: skip
-    places = [order.index(f"{name}.weight") for name in first]
-    assert places == sorted(places)
+    check_order_of_groups(model, [f"{name}.weight" for name in first])
     assert "stage1.0.attns.0.an_bias" in model.no_weight_decay()
     assert "stage3.0.attns.0.get_v.weight" not in model.no_weight_decay()
 

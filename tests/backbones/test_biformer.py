@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from model_checks import check_classifier, check_order_of_groups, check_released_file, check_released_file_for_others
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
 
 import vision_attn as va
@@ -196,30 +197,11 @@ def test_names_and_shapes_are_the_released_ones(size):
 
 
 def test_released_file_and_round_trip(tmp_path):
-    torch.manual_seed(0)
-    weights = {name: torch.rand(shape) for name, shape in released(**TINY).items()}
-    torch.save({"model": weights, "epoch": 299}, tmp_path / "released.pth")
-    overlay, arguments = {"file": str(tmp_path / "released.pth")}, TINY | ROUTES
-    model = timm.create_model("va_biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, weights[name].to(value.dtype))
-    torch.save(model.state_dict(), tmp_path / "own.pth")
-    again = timm.create_model("va_biformer_tiny", checkpoint_path=str(tmp_path / "own.pth"), **arguments).eval()
-    x = torch.randn(1, 3, 64, 96)
-    torch.testing.assert_close(again(x), model(x))
+    check_released_file("va_biformer_tiny", released(**TINY), TINY | ROUTES, tmp_path)
 
 
 def test_released_file_for_other_classes_and_channels(tmp_path):
-    weights = {name: torch.rand(shape) for name, shape in released(**TINY).items()}
-    torch.save(weights, tmp_path / "released.pth")
-    overlay = {"file": str(tmp_path / "released.pth")}
-    model = timm.create_model(
-        "va_biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=7, **TINY
-    )
-    first = model.default_cfg["first_conv"]
-    summed = weights[f"{first}.weight"].sum(1, keepdim=True)
-    torch.testing.assert_close(model.get_submodule(first).weight, summed, check_device=False)
-    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 7)
+    check_released_file_for_others("va_biformer_tiny", released(**TINY), TINY, tmp_path)
 
 
 def test_training_reaches_every_parameter():
@@ -249,18 +231,13 @@ def test_features_classifier_and_groups():
     model = timm.create_model("va_biformer_tiny", features_only=True, out_indices=(0, 2), **TINY, **ROUTES)
     assert [tuple(x.shape) for x in model(torch.randn(1, 3, 64, 96))] == [(1, 8, 16, 24), (1, 24, 4, 6)]
     assert model.feature_info.reduction() == [4, 16]
-    model = tiny(in_chans=1, num_classes=0).eval()
-    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 32)
-    model.reset_classifier(5)
-    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+    check_classifier(tiny, 32)
+    model = tiny()
     assert model.no_weight_decay() == set()
-    groups = timm.models.group_parameters(model, model.group_matcher())
-    order = [name for _, names in sorted(groups.items()) for name in names]
-    assert len(order) == len(list(model.parameters()))
     firsts = ["downsample_layers.0.0.weight", "stages.0.0.pos_embed.weight", "downsample_layers.1.0.weight",
               "stages.1.0.attn.wo.weight", "stages.1.1.attn.wo.weight", "stages.3.0.attn.proj.weight",
               "norm.weight"]  # fmt: skip
-    assert sorted(firsts, key=order.index) == firsts
+    check_order_of_groups(model, firsts)
 
 
 def test_full_graph_compile():

@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from model_checks import check_classifier, check_order_of_groups, check_saved_weights
 from torch.nn.functional import layer_norm
 
 import vision_attn as va
@@ -162,13 +163,7 @@ def test_released_weights_are_taken_whole(wrapped):
 
 
 def test_saved_weights_give_the_same_output(tmp_path):
-    model, x = tiny().eval(), torch.randn(2, 3, 64, 96)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    other = tiny().eval()
-    for parameter in other.parameters():
-        parameter.data.zero_()
-    other.load_state_dict(torch.load(tmp_path / "weights.pth"))
-    assert torch.equal(other(x), model(x))
+    check_saved_weights(tiny, torch.randn(2, 3, *(64, 96)), tmp_path)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 101)])
@@ -188,18 +183,12 @@ def test_features():
 
 
 def test_classifier_channels_and_groups():
-    model = tiny(in_chans=1, num_classes=0)
-    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 256)
-    model.reset_classifier(5)
-    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
-    groups = timm.models.group_parameters(model, model.group_matcher())
-    order = [name for _, names in sorted(groups.items()) for name in names]
-    assert len(order) == len(list(model.parameters()))
+    check_classifier(tiny, 256)
+    model = tiny()
     first = ("patch_embed.projs.3", "layers.0.blocks.0.attn.qkv", "layers.0.downsample.norm",
              "layers.1.blocks.0.attn.qkv", "layers.1.blocks.1.attn.qkv", "layers.1.downsample.norm",
              "layers.2.blocks.0.attn.qkv", "layers.3.blocks.0.attn.qkv", "norm", "head")  # fmt: skip
-    places = [order.index(f"{name}.weight") for name in first]
-    assert places == sorted(places)
+    check_order_of_groups(model, [f"{name}.weight" for name in first])
     assert model.no_weight_decay() == set()
 
 

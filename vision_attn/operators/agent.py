@@ -23,7 +23,7 @@ from vision_attn.operators.arguments import (
     FLOATS,
     autocast,
     check_cross_inputs,
-    check_joint_inputs,
+    joint_inputs,
     no_autocast,
     resolve_scale,
 )
@@ -174,8 +174,7 @@ class Agent:
         backend: str = "auto",
     ) -> Tensor:
         """Attention on `[B, S, H, D]` with `S = layout.tokens`."""
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("Agent", query, key, value, layout)
+        query, key, value = joint_inputs("Agent", query, key, value, layout)
         factor, chosen = resolve_scale("Agent", scale, query.shape[-1]), resolve(backend, "Agent", query, value)
         image, query_factor = layout.image_slice, second_scale("Agent", factor, self.k_scale2)
         with no_autocast(query):

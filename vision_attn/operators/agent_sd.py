@@ -22,7 +22,7 @@ from vision_attn.backends import agent, full, resolve
 from vision_attn.errors import UnsupportedError
 from vision_attn.layout import TokenLayout
 from vision_attn.operators.agent import add_shortcut, second_scale
-from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, resolve_scale
+from vision_attn.operators.arguments import joint_inputs, no_autocast, resolve_scale
 from vision_attn.operators.cost import Cost, chunks, pairs_cost
 from vision_attn.operators.joint import with_text_queries
 from vision_attn.operators.registry import register_operator
@@ -143,8 +143,7 @@ class AgentSD:
         backend: str = "auto",
     ) -> Tensor:
         """Attention on `[B, S, H, D]` with `S = layout.tokens`; `block_input` `[B, S, C]`, None for the keys."""
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("AgentSD", query, key, value, layout)
+        query, key, value = joint_inputs("AgentSD", query, key, value, layout)
         factor, chosen = resolve_scale("AgentSD", scale, query.shape[-1]), resolve(backend, "AgentSD", query, value)
         query_factor, numbers = second_scale("AgentSD", factor, self.k_scale2), self._numbers(layout)
         similarity = key.flatten(2) if block_input is None else block_input

@@ -35,8 +35,8 @@ def no_autocast(x: Tensor) -> Any:
     return torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext()
 
 
-def check_joint_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> None:
-    """Check `[B, S, H, D]` tensors against each other and against their layout.
+def joint_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> list[Tensor]:
+    """The `[B, S, H, D]` tensors as `autocast` gives them, checked against each other and against their layout.
 
     Raises:
         TypeError: not a layout, or as `check_attention_inputs`.
@@ -44,8 +44,10 @@ def check_joint_inputs(where: str, query: Tensor, key: Tensor, value: Tensor, la
     """
     if not isinstance(layout, TokenLayout):
         raise TypeError(f"{where}: layout must be a TokenLayout, got {layout!r}: write va.TokenLayout(grid=(Y, X))")
+    query, key, value = autocast(query, key, value)
     check_attention_inputs(where, query, key, value)
     layout.check(query.shape[1])
+    return [query, key, value]
 
 
 def check_cross_inputs(where: str, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vision_attn.backends import full, resolve
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, per_axis, resolve_scale
+from vision_attn.operators.arguments import joint_inputs, no_autocast, per_axis, resolve_scale
 from vision_attn.operators.cost import Cost, chunks, pairs_cost, text_tiles
 from vision_attn.operators.joint import split_mask, with_text_queries
 from vision_attn.operators.neighborhood import checked_size
@@ -67,8 +67,7 @@ class BiLevelRouting:
     ) -> Tensor:
         """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
         where = "BiLevelRouting"
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs(where, query, key, value, layout)
+        query, key, value = joint_inputs(where, query, key, value, layout)
         factor, chosen = resolve_scale(where, scale, query.shape[-1]), resolve(backend, where, query, value)
         image = layout.image_slice
         with no_autocast(query):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vision_attn.kernels.reach import Ball
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import FLOATS, autocast, check_attention_inputs, check_joint_inputs
+from vision_attn.operators.arguments import FLOATS, autocast, check_attention_inputs, joint_inputs
 from vision_attn.operators.cost import Cost, chunks, pairs_cost, text_tiles, visited_tiles
 from vision_attn.operators.joint import joint_attention, joint_mask
 from vision_attn.operators.registry import register_operator
@@ -239,8 +239,7 @@ class Clear:
         Raises UnsupportedError for a mask it cannot honour: one that differs between image queries or heads, or, with
         pooled keys, one that touches image keys.
         """
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("Clear", query, key, value, layout)
+        query, key, value = joint_inputs("Clear", query, key, value, layout)
         if self.proportional:
             factor = PROPORTIONAL_FACTOR if self.down_factor > 1 else 1.0
             scale = proportional_scale(query.shape[-1], layout.tokens, factor=factor)

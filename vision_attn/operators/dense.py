@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs, checked_mask, resolve_scale
+from vision_attn.operators.arguments import checked_mask, joint_inputs, resolve_scale
 from vision_attn.operators.cost import Cost, chunks, pairs_cost
 from vision_attn.operators.registry import register_operator
 
@@ -30,8 +30,7 @@ class Dense:
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         """Attention on `[B, S, H, D]`; `attn_mask` broadcastable to `[B, H, S, S]`, bool (True = visible) or added."""
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("Dense", query, key, value, layout)
+        query, key, value = joint_inputs("Dense", query, key, value, layout)
         if attn_mask is not None:
             attn_mask = checked_mask("Dense", attn_mask, query)
         if scale is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vision_attn.kernels.reach import Box
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs, checked_mask, per_axis
+from vision_attn.operators.arguments import checked_mask, joint_inputs, per_axis
 from vision_attn.operators.joint import joint_attention
 from vision_attn.operators.neighborhood import checked_size
 from vision_attn.operators.registry import register_operator
@@ -62,8 +62,7 @@ class Halo(WindowOperator):
         backend: str = "auto",
     ) -> Tensor:
         """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("Halo", query, key, value, layout)
+        query, key, value = joint_inputs("Halo", query, key, value, layout)
         reach, around = self.reach(layout).surrounded()
         wider = TokenLayout(reach.grid, layout.text_before, layout.text_after)
         attn_mask = _hide_surroundings(attn_mask, query, layout, around)

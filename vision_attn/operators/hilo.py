@@ -16,7 +16,7 @@ from torch import Tensor
 from vision_attn.backends import full, resolve
 from vision_attn.kernels.reach import Box
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs, no_autocast, resolve_scale
+from vision_attn.operators.arguments import joint_inputs, no_autocast, resolve_scale
 from vision_attn.operators.clear import pooled_cells, pooled_keys
 from vision_attn.operators.cost import Cost, chunks, pairs_cost, text_tiles, window_cost
 from vision_attn.operators.dense import Dense
@@ -75,8 +75,7 @@ class HiLo:
         Raises UnsupportedError for a mask it cannot honour: one that differs between image queries or heads, or, with
         lo heads, one that touches image keys.
         """
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs("HiLo", query, key, value, layout)
+        query, key, value = joint_inputs("HiLo", query, key, value, layout)
         if self.window == 1:
             resolve(backend, "HiLo", query, value)
             return Dense()(query, key, value, layout, scale, attn_mask=attn_mask)

@@ -11,7 +11,7 @@ from vision_attn.backends import full, resolve, triton_windowed, windowed
 from vision_attn.errors import UnsupportedError
 from vision_attn.kernels.reach import Reach
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs, checked_mask, no_autocast, resolve_scale
+from vision_attn.operators.arguments import checked_mask, joint_inputs, no_autocast, resolve_scale
 
 Extra = tuple[Tensor, Tensor, Tensor | None]
 
@@ -53,8 +53,7 @@ def joint_attention(
         UnsupportedError: a mask that differs between image queries or heads.
         ValueError, TypeError: arguments that do not fit.
     """
-    query, key, value = autocast(query, key, value)
-    check_joint_inputs(where, query, key, value, layout)
+    query, key, value = joint_inputs(where, query, key, value, layout)
     factor, chosen = resolve_scale(where, scale, query.shape[-1]), resolve(backend, where, query, value, reach)
     with no_autocast(query):
         return _joint(where, query, key, value, layout, reach, factor, attn_mask, pooled, return_lse, chosen)

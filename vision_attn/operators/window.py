@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vision_attn.kernels.reach import Box
 from vision_attn.layout import TokenLayout
-from vision_attn.operators.arguments import autocast, check_joint_inputs
+from vision_attn.operators.arguments import joint_inputs
 from vision_attn.operators.cost import Cost, window_cost
 from vision_attn.operators.joint import joint_attention, joint_mask
 
@@ -27,8 +27,7 @@ class WindowOperator:
     ) -> Tensor:
         """Attention on `[B, S, H, D]` with `S = layout.tokens`; raises UnsupportedError for a mask it cannot honour."""
         where = type(self).__name__
-        query, key, value = autocast(query, key, value)
-        check_joint_inputs(where, query, key, value, layout)
+        query, key, value = joint_inputs(where, query, key, value, layout)
         return joint_attention(where, query, key, value, layout, self.reach(layout), scale, attn_mask, backend=backend)[
             0
         ]

@@ -69,7 +69,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock `FluxPipeline` with random weights, saved as users have it; one token is 4x4 pixels."""
-    from vision_attn.shapes.model import build_pipeline, save_pipeline
+    from vision_attn.shapes.model import build_pipeline, default_settings, save_pipeline
 
     pipe = build_pipeline(seed=3)
     generator = torch.Generator().manual_seed(3)
@@ -77,7 +77,7 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Untrained weights of this model are zero where it matters: no attention would ever reach the picture.
         torch.nn.init.normal_(parameter, std=0.06, generator=generator)
     folder = tmp_path_factory.mktemp("models") / "tiny-flux"
-    save_pipeline(pipe, folder)
+    save_pipeline(pipe, folder, default_settings())
     return folder
 
 

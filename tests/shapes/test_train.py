@@ -13,18 +13,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from vision_attn.shapes.model import build_pipeline
-from vision_attn.shapes.train import (
-    Trainer,
-    TrainingConfig,
-    build_optimizers,
-    flow_shift,
-    load_for_training,
-    main,
-    sample_batch,
-    train,
-)
+from vision_attn.shapes.train import FluxConfig, FluxTrainer, flow_shift, main, sample_batch
+from vision_attn.shapes.trainer import Trainer, build_optimizers, load_shipped, train
 
-TINY = TrainingConfig(steps=2, tokens_per_step=340, warmup_steps=1, precision="float32")
+TINY = FluxConfig(steps=2, tokens_per_step=340, warmup_steps=1, precision="float32")
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
@@ -36,12 +28,12 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_continued_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, precision: str) -> None:
     config = dataclasses.replace(TINY, precision=precision)
-    whole = Trainer(build_pipeline(0), config)
+    whole = FluxTrainer(build_pipeline(0), config)
     losses = [whole.train_step() for _ in range(2)]
-    broken = Trainer(build_pipeline(0), config)
+    broken = FluxTrainer(build_pipeline(0), config)
     assert broken.train_step() == losses[0]
     broken.save(tmp_path / "checkpoint.pt")
-    continued = Trainer(build_pipeline(9), config)
+    continued = FluxTrainer(build_pipeline(9), config)
     train(continued, tmp_path, score_every=0)
     assert continued.step == 2
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(continued), strict=True))
@@ -49,7 +41,7 @@ def test_a_continued_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, p
 
 
 def test_training_moves_every_kind_of_weight() -> None:
-    trainer = Trainer(build_pipeline(0), dataclasses.replace(TINY, steps=4))
+    trainer = FluxTrainer(build_pipeline(0), dataclasses.replace(TINY, steps=4))
     before = {name: value.detach().clone() for name, value in trainer.modules.named_parameters()}
     for _ in range(3):
         trainer.train_step()
@@ -66,7 +58,7 @@ def test_training_moves_every_kind_of_weight() -> None:
 
 
 def test_every_weight_has_one_optimizer() -> None:
-    trainer = Trainer(build_pipeline(0), TINY)
+    trainer = FluxTrainer(build_pipeline(0), TINY)
     muon, adamw = trainer.optimizers
     assert isinstance(muon, torch.optim.Muon)
     assert isinstance(adamw, torch.optim.AdamW)
@@ -82,13 +74,13 @@ def test_compiled_blocks_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = FluxTransformer2DModel.compile_repeated_blocks
     # Inductor takes minutes on one thread.
     monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", partialmethod(stock, backend="aot_eager"))
-    eager, compiled = Trainer(build_pipeline(0), TINY), Trainer(build_pipeline(0), TINY, compiled=True)
+    eager, compiled = FluxTrainer(build_pipeline(0), TINY), FluxTrainer(build_pipeline(0), TINY, compiled=True)
     for _ in range(2):  # the second loss has seen the gradients of the first step
         assert compiled.train_step() == pytest.approx(eager.train_step(), rel=1e-4)
 
 
 def test_the_loss_of_an_untrained_model_is_the_size_of_its_target() -> None:
-    trainer = Trainer(build_pipeline(0), TINY)
+    trainer = FluxTrainer(build_pipeline(0), TINY)
     batch = sample_batch(trainer.pipeline, TINY, 0)
     # The untrained output is zero, so the loss is the mean square of noise - latents with the first draw as noise.
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
@@ -99,7 +91,7 @@ def test_the_loss_of_an_untrained_model_is_the_size_of_its_target() -> None:
 
 def test_batches_depend_on_seed_and_step_alone_and_keep_the_token_budget() -> None:
     pipeline = build_pipeline(0)
-    config = TrainingConfig(steps=100, tokens_per_step=1000)
+    config = FluxConfig(steps=100, tokens_per_step=1000)
     one, two = sample_batch(pipeline, config, 7), sample_batch(pipeline, config, 7)
     assert one.captions == two.captions
     assert torch.equal(one.latents, two.latents)
@@ -118,13 +110,13 @@ def test_batches_depend_on_seed_and_step_alone_and_keep_the_token_budget() -> No
 
 def test_latents_are_about_standard_normal() -> None:
     pipeline = build_pipeline(0)
-    latents = torch.cat([sample_batch(pipeline, TrainingConfig(), step).latents.flatten() for step in range(4)])
+    latents = torch.cat([sample_batch(pipeline, FluxConfig(), step).latents.flatten() for step in range(4)])
     assert abs(float(latents.mean())) < 0.15
     assert 0.8 < float(latents.std()) < 1.2
 
 
 def test_schedules() -> None:
-    config = TrainingConfig(steps=1000, warmup_steps=100, learning_rate=1e-3)
+    config = FluxConfig(steps=1000, warmup_steps=100, learning_rate=1e-3)
     rates = np.array([config.learning_rate_at(step) for step in range(1001)])
     assert rates[0] == pytest.approx(1e-5)
     assert rates.argmax() in (99, 100)
@@ -139,7 +131,9 @@ def test_schedules() -> None:
 def test_a_shipped_model_can_be_trained_further(tiny_flux_folder: Path, tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path), "--init-from", str(tiny_flux_folder), "--steps", "1", "--score-every", "0"]
     main([*arguments, "--tokens-per-step", "168", "--precision", "float32"])
-    trained, shipped = load_for_training(tmp_path / "model"), load_for_training(tiny_flux_folder)
+    trained, shipped = build_pipeline(1), build_pipeline(2)
+    load_shipped(trained, tmp_path / "model", FluxTrainer.models)
+    load_shipped(shipped, tiny_flux_folder, FluxTrainer.models)
     assert trained.transformer.dtype == torch.float32
     pairs = zip(trained.transformer.parameters(), shipped.transformer.parameters(), strict=True)
     assert max(float((a - b).detach().abs().max()) for a, b in pairs) > 0
@@ -157,11 +151,11 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         ("precision", "float16", "precision must be 'float32' or 'bfloat16', got 'float16'"),
         ("tokens_per_step", 100, "tokens_per_step must be at least 168, got 100"),
     ]:
-        with pytest.raises(ValueError, match=f"TrainingConfig: {text}"):
+        with pytest.raises(ValueError, match=f"FluxConfig: {text}"):
             dataclasses.replace(TINY, **{name: value})
-    with pytest.raises(FileNotFoundError, match=r"load_for_training: directory must hold model_index\.json, got"):
-        load_for_training(tmp_path)
-    Trainer(build_pipeline(0), TINY).save(tmp_path / "checkpoint.pt")
-    other = Trainer(build_pipeline(0), dataclasses.replace(TINY, seed=3))
+    with pytest.raises(FileNotFoundError, match=r"load_shipped: directory must hold model_index\.json, got"):
+        load_shipped(build_pipeline(0), tmp_path, FluxTrainer.models)
+    FluxTrainer(build_pipeline(0), TINY).save(tmp_path / "checkpoint.pt")
+    other = FluxTrainer(build_pipeline(0), dataclasses.replace(TINY, seed=3))
     with pytest.raises(ValueError, match=r"Trainer\.load: seed must be 0 as in the checkpoint, got 3"):
         other.load(tmp_path / "checkpoint.pt")

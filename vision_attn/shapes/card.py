@@ -94,11 +94,9 @@ def model_card(directory: str | Path, report: Report) -> str:
     """
     directory = Path(directory)
     settings = read_settings(directory)
-    note = directory / TRAINING_NOTE
-    weights = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
     sizes = dict.fromkeys(f"{row.height}x{row.width}:{row.pictures}" for row in report.rows)
     return _CARD.format(
-        megabytes=weights / 1e6,
+        megabytes=weight_megabytes(directory),
         steps=settings["num_inference_steps"],
         cfg=json.dumps(settings["true_cfg_scale"]),
         sizes=" | ".join(SIZES),
@@ -108,5 +106,16 @@ def model_card(directory: str | Path, report: Report) -> str:
         backgrounds=" | ".join(BACKGROUNDS),
         table=report.markdown(),
         sizes_px=" ".join(sizes),
-        note=note.read_text(encoding="utf-8").strip() if note.is_file() else "No note on these weights.",
+        note=read_training_note(directory),
     )
+
+
+def weight_megabytes(directory: str | Path) -> float:
+    """Size of a model's weights, in MB."""
+    return sum(path.stat().st_size for path in Path(directory).rglob("*.safetensors")) / 1e6
+
+
+def read_training_note(directory: str | Path) -> str:
+    """What is written beside the weights about how they came about."""
+    note = Path(directory) / TRAINING_NOTE
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else "No note on these weights."

@@ -26,7 +26,7 @@ from torch import nn
 from .scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
+    from diffusers import AutoencoderTiny, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 PIXELS_PER_TOKEN = 4
@@ -285,14 +285,19 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def save_pipeline(pipeline: FluxPipeline, directory: str | Path) -> None:
-    """Writes the pipeline in float16 safetensors with its generation settings; `pipeline` itself keeps its dtype."""
+def save_pipeline(pipeline: DiffusionPipeline, directory: str | Path, settings: dict[str, Any]) -> None:
+    """Writes the pipeline in float16 safetensors with its generation settings; `pipeline` itself keeps its dtype.
+
+    Args:
+        pipeline: a stock pipeline.
+        directory: to write.
+        settings: keyword arguments for a good picture.
+    """
     directory = Path(directory)
     half = copy.deepcopy(pipeline).to(torch.float16)
     half.save_pretrained(directory, safe_serialization=True)
     # transformers loads a model in the dtype of its config, diffusers in float32: make both the same by default.
-    for name in ("text_encoder", "text_encoder_2"):
-        path = directory / name / "config.json"
+    for path in directory.glob("text_encoder*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (directory / SETTINGS_FILE).write_text(json.dumps(default_settings(), indent=2) + "\n", encoding="utf-8")
+    (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+import re
 import types
 
 import pytest
 
-from vision_attn.guidance import Phrase, noun_chunks_of, noun_phrases
+from vision_attn.guidance import Phrase, constituents_of, noun_chunks_of, noun_phrases
 from vision_attn.guidance.phrases import find_phrases
 
 CASES = {
@@ -75,6 +76,61 @@ def test_a_parser_of_spacy():
     assert find_phrases("a cat sits", chunks) == [Phrase("a cat", 0, 5)]
 
 
+def tree(text):
+    """A parse tree of stanza from its bracketed text, such as `(NP (DT a) (NN cat))`."""
+    pieces = iter(re.findall(r"[()]|[^\s()]+", text))
+
+    def node(piece):
+        if piece != "(":
+            return types.SimpleNamespace(label=piece, children=[])
+        label, children = next(pieces), []
+        while (piece := next(pieces)) != ")":
+            children.append(node(piece))
+        return types.SimpleNamespace(label=label, children=children)
+
+    return node(next(pieces))
+
+
+def sentence(prompt, parse, start=0, split=()):
+    """A parsed sentence; of a token in `split` the words have no places of their own."""
+    words = []
+    for text in re.findall(r"([^\s()]+)\)", parse):
+        token = next((token for token in split if text in split[token]), text)
+        begin = prompt.index(token, start)
+        parent = types.SimpleNamespace(start_char=begin, end_char=begin + len(token))
+        own = (None, None) if token in split else (parent.start_char, parent.end_char)
+        words.append(types.SimpleNamespace(text=text, start_char=own[0], end_char=own[1], parent=parent))
+        start = begin if token in split and text != split[token][-1] else parent.end_char
+    return types.SimpleNamespace(words=words, constituency=tree(parse))
+
+
+def parsed(*sentences):
+    return constituents_of(lambda prompt: types.SimpleNamespace(sentences=sentences))
+
+
+def test_constituents_are_the_phrases_of_the_released_code():
+    golden = json.loads((pathlib.Path(__file__).parents[1] / "golden/structured.json").read_text())
+    for case in golden["alignment_cases"]:
+        phrases = parsed(sentence(case["preprocessed"], case["parse"]))(case["preprocessed"])
+        assert all(case["preprocessed"][phrase.start : phrase.end] == phrase.text for phrase in phrases)
+        # There the words are joined with blanks, and the prompt comes once more where it then looks different.
+        expected = [text.replace(" ,", ",").replace(" 's", "'s") for text in case["noun_phrases"]]
+        assert [phrase.text for phrase in phrases] == [text for text in expected if text != case["preprocessed"]]
+
+
+def test_constituents_of_several_sentences_and_of_words_in_one_token():
+    prompt = "A  red car. The dog's tail isn't a tail."
+    first = "(ROOT (NP (NP (DT A) (JJ red) (NN car)) (. .)))"
+    subject = "(NP (NP (DT The) (NN dog) (POS 's)) (NN tail))"
+    second = f"(ROOT (S {subject} (VP (VBZ is) (RB n't) (NP (NP (DT a) (NN tail)))) (. .)))"
+    split = {"dog's": ["dog", "'s"], "isn't": ["is", "n't"]}
+    phrases = parsed(sentence(prompt, first), sentence(prompt, second, 11, split))(prompt)
+    texts = ["A  red car.", "A  red car", "The dog's tail", "The dog's", "a tail"]
+    assert phrases == [Phrase(text, prompt.index(text), prompt.index(text) + len(text)) for text in texts]
+    assert [phrase.text for phrase in parsed(sentence(prompt[:11], first))(prompt[:11])] == []
+    assert parsed()("") == []
+
+
 @pytest.mark.parametrize(
     ("phrases", "error", "message"),
     [
@@ -98,3 +154,8 @@ def test_other_mistakes():
         noun_phrases(None)
     with pytest.raises(TypeError, match="noun_chunks_of: parser must be a loaded spaCy pipeline, got str"):
         noun_chunks_of("en_core_web_sm")
+    with pytest.raises(TypeError, match="constituents_of: parser must be a loaded stanza pipeline, got str"):
+        constituents_of("en")
+    unparsed = types.SimpleNamespace(words=[], constituency=None)
+    with pytest.raises(ValueError, match=r'parser must parse constituents, got a sentence .*="tokenize,pos,const'):
+        parsed(unparsed)("a red cat")

@@ -11,7 +11,7 @@ from vision_attn.guidance.losses import (
     symmetric_kl_loss,
 )
 from vision_attn.guidance.maps import binarize, concept_maps, smoothed
-from vision_attn.guidance.phrases import Phrase, concept_phrases, noun_chunks_of, noun_phrases
+from vision_attn.guidance.phrases import Phrase, concept_phrases, constituents_of, noun_chunks_of, noun_phrases
 from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddings, value_context
 from vision_attn.guidance.tokens import align, token_groups
 
@@ -25,6 +25,7 @@ __all__ = [
     "binarize",
     "concept_maps",
     "concept_phrases",
+    "constituents_of",
     "jensen_shannon_loss",
     "noun_chunks_of",
     "noun_phrases",

@@ -2,7 +2,7 @@
 
 English nouns are an open class, the words around them are not: a word that is no determiner, preposition, pronoun, verb
 or adverb of the lists below is taken for a noun. Prompts are short and plain, and that suffices for them; for harder
-text give phrases yourself, or a parser (`noun_chunks_of`).
+text give phrases yourself, or a parser (`noun_chunks_of`, `constituents_of`).
 
     noun phrase = (determiner | number | adverb | adjective | possessive | noun)* noun
                 | (determiner | number) adjective+        "a square", "an orange"
@@ -11,7 +11,7 @@ text give phrases yourself, or a parser (`noun_chunks_of`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,64 @@ def noun_chunks_of(parser: Any) -> Callable[[str], list[Phrase]]:
         return [Phrase(chunk.text, chunk.start_char, chunk.end_char) for chunk in parser(prompt).noun_chunks]
 
     return chunks
+
+
+def constituents_of(parser: Any) -> Callable[[str], list[Phrase]]:
+    """Nested noun phrases by a stanza pipeline, to be used wherever phrases may come from a function.
+
+    Args:
+        parser: A loaded pipeline, such as `stanza.Pipeline("en", processors="tokenize,pos,constituency")`.
+
+    Returns:
+        A function from a prompt to its noun phrases of more than one word, each before the ones within it. The prompt
+        as a whole is none of them.
+
+    Raises:
+        TypeError: something that cannot be called.
+        ValueError: when the function is called, a pipeline that parses no constituents.
+
+    Source: arXiv 2212.05032, section 3; its released code takes the phrases of the first sentence only.
+    """
+    if not callable(parser):
+        raise TypeError(f"constituents_of: parser must be a loaded stanza pipeline, got {type(parser).__name__}")
+
+    def constituents(prompt: str) -> list[Phrase]:
+        places: dict[tuple[int, int], None] = {}  # each once: a phrase may be all that another one holds
+        for sentence in parser(prompt).sentences:
+            if sentence.constituency is None:
+                raise ValueError(
+                    "constituents_of: parser must parse constituents, got a sentence without them: load it with "
+                    'processors="tokenize,pos,constituency"'
+                )
+            for label, first, end in _subtrees(sentence.constituency):
+                if label == "NP" and end - first > 1:
+                    places[_characters(sentence.words[first], sentence.words[end - 1])] = None
+        phrases = [Phrase(prompt[start:end], start, end) for start, end in places]
+        return [phrase for phrase in phrases if _bare(phrase.text) != _bare(prompt)]
+
+    return constituents
+
+
+def _subtrees(tree: Any, first: int = 0) -> Iterator[tuple[str, int, int]]:
+    """Label, first leaf and the one behind the last of every subtree, each before its parts."""
+    yield tree.label, first, first + _leaves(tree)
+    for child in tree.children:
+        yield from _subtrees(child, first)
+        first += _leaves(child)
+
+
+def _leaves(tree: Any) -> int:
+    return sum(_leaves(child) for child in tree.children) or 1
+
+
+def _characters(first: Any, last: Any) -> tuple[int, int]:
+    """Offsets of words; a word that is one of several in a token, as "do" of "don't", may know only the token's."""
+    start, end = first.start_char, last.end_char
+    return first.parent.start_char if start is None else start, last.parent.end_char if end is None else end
+
+
+def _bare(text: str) -> str:
+    return text.strip().rstrip(".").rstrip()
 
 
 def find_phrases(prompt: str, phrases: Any = None) -> list[Phrase]:

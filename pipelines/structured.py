@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from vision_attn.guidance.structured import require_unet, structured_embeddings, value_context
+from vision_attn.guidance.contexts import text_context
+from vision_attn.guidance.structured import require_unet, structured_embeddings
 from vision_attn.pipelines.guided import GuidedPipeline, text_options
 
 
 class StructuredDiffusionPipeline(GuidedPipeline):
-    """A stock pipeline of SD 1, SD 2 or SDXL whose cross-attention takes values from phrases encoded alone.
+    """A stock pipeline of SD 1, SD 2 or SDXL whose cross-attention reads phrases encoded alone.
 
     It shares the stock pipeline's parts and runs its code; everything that is not named here is the stock pipeline's.
 
@@ -57,18 +57,52 @@ class StructuredDiffusionPipeline(GuidedPipeline):
             TypeError: text that is given as embeddings or as a second prompt, whose phrases cannot be found.
             ValueError: lists of phrases that are not one per prompt; as `structured_embeddings`.
         """
+        context = self.text_context(
+            prompt, phrases=phrases, mode=mode, strength=strength, num_images_per_prompt=num_images_per_prompt,
+            **options,
+        )  # fmt: skip
+        with context:
+            return self.pipe(prompt, num_images_per_prompt=num_images_per_prompt, **options)
+
+    @contextlib.contextmanager
+    def text_context(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        phrases: Any = None,
+        mode: str = "paper",
+        strength: float = 1.0,
+        num_images_per_prompt: int = 1,
+        **options: Any,
+    ) -> Iterator[None]:
+        """What a call does around the stock pipeline's: inside, the UNet reads the phrases.
+
+        Other pipelines with the same UNet may be called inside, for the same prompts and as many images.
+
+        Args:
+            prompts: One or several.
+            phrases: As of the call.
+            mode: As of the call.
+            strength: As of the call; 0 leaves the UNet as it is.
+            num_images_per_prompt: As of the call.
+            options: The call's, of which `clip_skip` and `cross_attention_kwargs["scale"]` change how text is encoded.
+
+        Raises:
+            As the call.
+        """
         for name in ("prompt_embeds", "prompt_2"):
             if options.get(name) is not None:
                 raise TypeError(f"StructuredDiffusionPipeline: {name} must be left out, phrases are found in prompt")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        each = _one_per_prompt(prompts, phrases, isinstance(prompt, str))
-        values = [
-            structured_embeddings(self.pipe, text, own, mode, strength, **text_options(options)).value_embeds
-            for text, own in zip(prompts, each, strict=True)
+        every = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = _one_per_prompt(every, phrases, isinstance(prompts, str))
+        texts = [
+            structured_embeddings(self.pipe, prompt, own, mode, strength, **text_options(options))
+            for prompt, own in zip(every, each, strict=True)
         ]
-        rows = torch.cat(values).repeat_interleave(num_images_per_prompt, 0)
-        with value_context(self.pipe.unet, rows):
-            return self.pipe(prompt, num_images_per_prompt=num_images_per_prompt, **options)
+        images = [text for text in texts for _ in range(num_images_per_prompt)]
+        mixed = any(text.value_embeds is not text.key_embeds for text in texts)
+        with text_context(self.pipe.unet, images) if mixed else contextlib.nullcontext():
+            yield
 
 
 def _one_per_prompt(prompts: Sequence[str], phrases: Any, single: bool) -> list[Any]:

@@ -1,44 +1,18 @@
-"""Structured Diffusion Guidance: values of the released code, what changes nothing, and what must be refused."""
+"""Structured Diffusion Guidance: keys and values of each mode, what changes nothing, and what must be refused."""
 
+import json
 import pathlib
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
 from tiny_pipelines import make_sd, make_sdxl
 
-import vision_attn as va
-from vision_attn.guidance import structured_embeddings, token_groups, value_context
+from vision_attn.guidance import align, structured_embeddings, token_groups, value_context
+from vision_attn.guidance.structured import MODES
 
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden/structured.npz")
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PROMPT = "a red circle and a blue square"
-
-
-class Denoiser(torch.nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.attn2 = Attention(32, cross_attention_dim=24, heads=4, dim_head=8, **options).double()
-
-    def forward(self, x, text):
-        return self.attn2(x, encoder_hidden_states=text)
-
-
-@torch.no_grad()
-def test_the_mean_of_values_is_the_released_attention():
-    prefix = "one_key_four_values_B2/"
-    case = {
-        name.removeprefix(prefix): torch.from_numpy(array) for name, array in GOLDEN.items() if name.startswith(prefix)
-    }
-    weights = {name.removeprefix("w/"): array for name, array in case.items() if name.startswith("w/")}
-    model = Denoiser()
-    model.attn2.load_state_dict(weights)
-    text = torch.cat([case["uc"], case["k"][0]])
-    with value_context(model, case["v"].mean(0)):
-        output = model(case["x"], text)
-    torch.testing.assert_close(output, case["y"], atol=1e-10, rtol=0)
-    assert not torch.allclose(model(case["x"], text), output)
 
 
 @pytest.fixture
@@ -89,6 +63,42 @@ def test_nested_phrases(sd):
     torch.testing.assert_close(replace[:, group], own[2])
 
 
+def test_a_conjunction_has_a_key_per_phrase(pipe):
+    phrases = ["a red circle and a blue square", "a blue square", "blue square"]
+
+    def encode(text):
+        return pipe.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+
+    whole, square, inner = encode(PROMPT), encode("a blue square"), encode("blue square")
+    key, value = structured_embeddings(pipe, PROMPT, phrases, mode="conjunction")
+    (first, *_), (second, last) = token_groups(pipe.tokenizer, PROMPT, phrases[1:])
+    end = whole[:, last + 1 :]
+    with_square = torch.cat([whole[:, :first], square[:, 1:4], end], 1)
+    with_inner = torch.cat([whole[:, :second], inner[:, 1:3], end], 1)
+    assert torch.equal(key[:1], whole)
+    torch.testing.assert_close(key[1:], torch.cat([whole, with_square, with_inner]))  # the first phrase is the prompt
+    torch.testing.assert_close(value, torch.cat([whole[:, :first], square[:, 1:2], inner[:, 1:3], end], 1))
+    half = structured_embeddings(pipe, PROMPT, phrases, mode="conjunction", strength=0.5)
+    torch.testing.assert_close(half.key_embeds, (key + whole) / 2)
+    torch.testing.assert_close(half.value_embeds, (value + whole) / 2)
+
+
+CASES = json.loads((GOLDEN / "structured.json").read_text())["alignment_cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"])
+def test_conjunctions_of_the_released_code(case):
+    golden = np.load(GOLDEN / "structured.npz")
+    keys, values = (torch.from_numpy(golden[f"align/{case['id']}/conj/{name}"]) for name in "kv")
+    encodings = torch.stack([1000 * source + torch.arange(77) for source in range(len(case["spans"]))])[..., None]
+    whole, alone = encodings[:1], encodings[1:, None]
+    groups = [list(range(start + 1, end + 1)) for start, end in case["spans"][1:]]
+    aligned = align(whole, list(alone), groups)
+    assert torch.equal(MODES["conjunction"](whole, aligned, groups)[..., 0], values.long())
+    if aligned:  # its first key is left out: the released code makes it the values by mistake
+        assert torch.equal(torch.cat(aligned)[..., 0], keys[1:].long())
+
+
 @torch.no_grad()
 def test_what_changes_nothing_is_bit_identical(pipe):
     stock = draw(pipe)
@@ -103,30 +113,16 @@ def test_what_changes_nothing_is_bit_identical(pipe):
     torch.testing.assert_close(first.value_embeds, first.key_embeds, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_only_conditional_rows_change_and_patches_go_on(sd):
-    value = structured_embeddings(sd, PROMPT, mode="replace").value_embeds
-    seen = []
-    sample, text = torch.randn(2, 4, 8, 12), torch.randn(2, 24, 16)
-    stock = sd.unet(sample, 1, text).sample
-    with value_context(sd.unet, value), va.patch(sd.unet, va.Neighborhood(3)) as patch:
-        sd.unet(sample, 1, text)
-        assert {call.kind for calls in patch.calls.values() for call in calls} == {"operator"}
-    with value_context(sd.unet, value):
-        seen = sd.unet(sample, 1, text).sample
-    assert torch.equal(seen[0], stock[0])
-    assert not torch.equal(seen[1], stock[1])
-
-
 def test_without_phrases_of_several_words_nothing_is_mixed(sd):
-    key, value = structured_embeddings(sd, "circle and star")
-    assert value is key
+    for options in ({}, {"mode": "conjunction"}):
+        key, value = structured_embeddings(sd, "circle and star", **options)
+        assert value is key
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"mode": "mean"}, ValueError, "mode must be one of paper, covering, replace, got 'mean'"),
+        ({"mode": "mean"}, ValueError, "mode must be one of paper, covering, replace, conjunction, got 'mean'"),
         ({"strength": 2}, ValueError, "strength must be from 0 to 1, got 2"),
         ({"strength": True}, TypeError, "strength must be a number, got True"),
         ({"phrases": ["a green star"]}, ValueError, r"phrases must be in the prompt .* got 'a green star'"),
@@ -160,21 +156,3 @@ def test_other_pipelines_are_refused():
     message = r"a Stable Diffusion pipeline with a UNet, got Tensor: .*\(FLUX, SD3"
     with pytest.raises(NotImplementedError, match=message):
         structured_embeddings(torch.zeros(1), PROMPT)
-
-
-def enter(module, value):
-    with value_context(module, value):
-        if isinstance(module, diffusers.UNet2DConditionModel):
-            module(torch.randn(2, 4, 8, 12), 1, torch.randn(2, 24, 16))
-
-
-def test_text_and_attention_that_do_not_fit(sd):
-    with pytest.raises(ValueError, match="unet must have cross-attention, got Linear without attn2"):
-        enter(torch.nn.Linear(2, 2), torch.zeros(1, 24, 16))
-    with pytest.raises(ValueError, match=r"last rows of text of shape \(2, 24, 16\), got \(3, 24, 16\)"):
-        enter(sd.unet, torch.zeros(3, 24, 16))
-    with pytest.raises(NotImplementedError, match="got a norm of the text in 'attn2'"):
-        enter(Denoiser(cross_attention_norm="layer_norm"), torch.zeros(1, 24, 16))
-    sd.unet.fuse_qkv_projections()
-    with pytest.raises(NotImplementedError, match=r"got fused projections in 'down_blocks.0"):
-        enter(sd.unet, torch.zeros(1, 24, 16))

@@ -1,6 +1,7 @@
 """Compositional guidance: what a prompt's phrases mean for attention, measured and steered."""
 
 from vision_attn.guidance.capture import AttentionCapture
+from vision_attn.guidance.contexts import text_context, value_context
 from vision_attn.guidance.latents import LatentGuide, step_sizes
 from vision_attn.guidance.losses import (
     attend_and_excite_loss,
@@ -12,7 +13,7 @@ from vision_attn.guidance.losses import (
 )
 from vision_attn.guidance.maps import binarize, concept_maps, smoothed
 from vision_attn.guidance.phrases import Phrase, concept_phrases, constituents_of, noun_chunks_of, noun_phrases
-from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddings, value_context
+from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddings
 from vision_attn.guidance.tokens import align, token_groups
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "step_sizes",
     "structured_embeddings",
     "symmetric_kl_loss",
+    "text_context",
     "token_groups",
     "value_context",
 ]

@@ -1,19 +1,19 @@
-"""Structured Diffusion Guidance: phrases encoded alone lend their values to cross-attention.
+"""Structured Diffusion Guidance: phrases encoded alone lend their encodings to cross-attention.
 
 A causal text encoder lets the words of a prompt leak into all later ones: the sheep of "a red car and a white sheep" is
 a little red. Encoded alone, "a white sheep" is not. Keys stay the whole prompt's, so that attention looks where it
 looked; values come from a mixture of the prompt and of its phrases, each in its place.
 
 The paper runs one attention per phrase and averages the outputs; attention is linear in its values, so that one
-attention with the mean of the values is the same, at no cost to the denoiser.
+attention with the mean of the values is the same, at no cost to the denoiser. Prompts that join two things may have the
+phrases as keys, too ("conjunction"): these need an attention each.
 
 Source: arXiv 2212.05032, section 3, and its released code.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from vision_attn.guidance.phrases import Phrase, find_phrases
 from vision_attn.guidance.tokens import align, readable, token_groups
 
-MODES = ("paper", "covering", "replace")
 _REFUSED = ("transformer", "transformer_2", "prior")
 
 
@@ -30,8 +29,9 @@ class StructuredEmbeds(NamedTuple):
     """Text for cross-attention.
 
     Attributes:
-        key_embeds: `[1, T, C]`, the prompt's encoding.
-        value_embeds: `[1, T, C]`, the same with the phrases' own encodings mixed in.
+        key_embeds: `[1, T, C]`, the prompt's encoding; `[n, T, C]` where the outputs of n keys are averaged.
+        value_embeds: `[1, T, C]`, the same with the phrases' own encodings mixed in; `[n, T, C]` where each key has
+            values of its own.
     """
 
     key_embeds: Tensor
@@ -58,20 +58,27 @@ def structured_embeddings(
         mode: What the values are. `"paper"`: the mean of the prompt's and of each phrase's sequence, so that k phrases
             have a weight of `1 / (k + 1)` each. `"covering"`: a phrase's tokens are the mean of the phrases that cover
             them, others are the prompt's. `"replace"`: as that, but the last phrase that covers a token wins, the inner
-            one of nested phrases.
-        strength: Share of that mixture, 0 to 1; the prompt's encoding has the rest.
+            one of nested phrases. `"conjunction"`, for prompts such as "A and B": the values are those of `"replace"`,
+            and the outputs of k + 1 keys are averaged, the prompt's and, per phrase, the prompt's with the phrase's own
+            encoding in its place.
+        strength: Share of that mixture, 0 to 1; the prompt's encoding has the rest, of each key as of the values.
         clip_skip: As the pipeline's.
         lora_scale: Of adapters of the text encoder, the pipeline's `cross_attention_kwargs["scale"]`.
 
     Returns:
-        `(key_embeds, value_embeds)`, both in the encoder's dtype.
+        `(key_embeds, value_embeds)`, both `[1, T, C]` in the encoder's dtype, for `value_context` or `text_context`.
+        For a conjunction of k phrases `key_embeds` is `[k + 1, T, C]`, for `text_context` only. Where there is nothing
+        to mix, no phrases or a strength of 0, both are the same tensor.
 
     Raises:
         NotImplementedError: a pipeline whose text goes through the denoiser's own layers (FLUX, SD3, ...).
         ValueError, TypeError: an unknown mode, a strength out of range, a phrase that the prompt lacks or that lies
             beyond what the encoder reads.
 
-    Source: arXiv 2212.05032, equations 2 to 5; `"covering"`, `"replace"` and `strength` are ours.
+    Source: arXiv 2212.05032, equations 2 to 5; `"covering"`, `"replace"` and `strength` are ours. A conjunction has one
+    value sequence, as in the released code; with values of its own for each key, as in the paper's formula, it is
+    `StructuredEmbeds(keys, keys)`. Its first key is the prompt's own encoding; the released code writes the phrases
+    into that very tensor, so that there the first key is equal to the values.
     """
     require_unet("structured_embeddings", pipe)
     _check(mode, strength)
@@ -82,12 +89,12 @@ def structured_embeddings(
     whole = _encoded(pipe, prompt, clip_skip, lora_scale)
     groups = _groups(pipe, prompt, words)
     alone = [_encoded(pipe, phrase.text, clip_skip, lora_scale) for phrase in words]
-    if not alone:
+    if not alone or strength == 0:
         return StructuredEmbeds(whole, whole)
     aligned = align(whole, alone, groups)
-    mixed = {"paper": _mean, "covering": _covering, "replace": _replaced}[mode](whole, aligned, groups)
-    value = mixed if strength == 1 else torch.lerp(whole, mixed, strength)
-    return StructuredEmbeds(whole, value)
+    keys = torch.cat([whole, *aligned]) if mode == "conjunction" else whole
+    values = MODES[mode](whole, aligned, groups)
+    return StructuredEmbeds(*(each if strength == 1 else torch.lerp(whole, each, strength) for each in (keys, values)))
 
 
 def _mean(whole: Tensor, aligned: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
@@ -109,6 +116,9 @@ def _replaced(whole: Tensor, aligned: Sequence[Tensor], groups: Sequence[Sequenc
     return value
 
 
+MODES = {"paper": _mean, "covering": _covering, "replace": _replaced, "conjunction": _replaced}
+
+
 def require_unet(where: str, pipe: Any) -> None:
     """Refuse a pipeline without text keys and values that could differ.
 
@@ -119,7 +129,8 @@ def require_unet(where: str, pipe: Any) -> None:
     if any(isinstance(parts.get(name), nn.Module) for name in _REFUSED) or "unet" not in parts:
         raise NotImplementedError(
             f"{where}: pipe must be a Stable Diffusion pipeline with a UNet, got {type(pipe).__name__}: where text "
-            "passes through the denoiser's own layers (FLUX, SD3, ...) there are no keys and values of its own"
+            "passes through the denoiser's own layers (FLUX, SD3, ...) there are no keys and values of its own: use "
+            "SD 1, SD 2 or SDXL; elsewhere only prompt_embeds can be mixed, before the call (guidance.align)"
         )
 
 
@@ -174,59 +185,3 @@ def _groups(pipe: Any, prompt: str, phrases: Sequence[Phrase]) -> list[list[int]
             f"{groups} and {token_groups(second, prompt, phrases)}"
         )
     return groups
-
-
-@contextlib.contextmanager
-def value_context(unet: nn.Module, value_embeds: Tensor) -> Iterator[None]:
-    """Have the cross-attention of a UNet take its values from another text than its keys.
-
-    The projection to values gets other inputs, and nothing else changes: processors, backends, adapters and patches go
-    on as they are. With the keys' own text the output is the same bit for bit.
-
-    Args:
-        unet: `UNet2DConditionModel`.
-        value_embeds: `[B, T, C]`: of the last B rows of a call, which are the conditional ones of classifier-free
-            guidance; rows before them keep their text.
-
-    Raises:
-        ValueError: at the call, text of another shape.
-        NotImplementedError: fused projections, or a norm between text and projections.
-    """
-    handles = []
-    try:
-        for name, module in unet.named_modules():
-            if not name.endswith("attn2") or not hasattr(module, "to_v"):
-                continue
-            _check_attention(name, module)
-            hook = _ValueHook(value_embeds)
-            handles.append(module.to_v.register_forward_pre_hook(hook))
-        if not handles:
-            raise ValueError(f"value_context: unet must have cross-attention, got {type(unet).__name__} without attn2")
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _ValueHook:
-    def __init__(self, value_embeds: Tensor) -> None:
-        self.value_embeds = value_embeds
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        text, value = args[0], self.value_embeds
-        if text.shape[1:] != value.shape[1:] or text.shape[0] % value.shape[0] or text.shape[0] > 2 * value.shape[0]:
-            raise ValueError(
-                f"value_context: value_embeds must be the last rows of text of shape {tuple(text.shape)}, got "
-                f"{tuple(value.shape)}: give one row per image"
-            )
-        value = value.to(text)
-        return (torch.cat([text[: text.shape[0] - value.shape[0]], value]), *args[1:])
-
-
-def _check_attention(name: str, attention: Any) -> None:
-    problem = "fused projections" if getattr(attention, "fused_projections", False) else ""
-    problem = problem or ("a norm of the text" if getattr(attention, "norm_cross", None) is not None else "")
-    if problem:
-        raise NotImplementedError(
-            f"value_context: cross-attention must project keys and values of the text apart, got {problem} in {name!r}"
-        )

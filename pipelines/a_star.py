@@ -10,17 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from vision_attn.guidance.latents import LatentGuide, MapLoss, step_sizes
-from vision_attn.guidance.phrases import concept_phrases
-from vision_attn.guidance.structured import require_plain_prompt, require_unet
-from vision_attn.guidance.tokens import readable, token_groups
-from vision_attn.pipelines.guided import GuidedPipeline, text_options
+from vision_attn.pipelines.denoisers import denoiser_class
+from vision_attn.pipelines.guided import GuidedPipeline
 
-_SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _REFUSED = (
     "prompt_embeds", "prompt_2", "timesteps", "sigmas", "ip_adapter_image", "ip_adapter_image_embeds", "denoising_end",
 )  # fmt: skip
@@ -44,17 +39,7 @@ class AStarPipeline(GuidedPipeline):
     """
 
     def __init__(self, pipe: Any) -> None:
-        require_unet("AStarPipeline", pipe)
-        if not any(cls.__name__ in _SERVED for cls in type(pipe).__mro__):
-            raise NotImplementedError(
-                f"AStarPipeline: pipe must be a text-to-image pipeline, {' or '.join(_SERVED)}, got "
-                f"{type(pipe).__name__}: its denoiser sees more than the latents and the text"
-            )
-        if pipe.unet.config.time_cond_proj_dim is not None:
-            raise NotImplementedError(
-                f"AStarPipeline: pipe must not take its guidance scale as a condition, got {type(pipe.unet).__name__} "
-                "with time_cond_proj_dim: models distilled to a few steps leave too few to move latents"
-            )
+        denoiser_class("AStarPipeline", pipe)
         super().__init__(pipe)
 
     def __call__(
@@ -115,48 +100,38 @@ class AStarPipeline(GuidedPipeline):
                 raise TypeError(f"AStarPipeline: {name} must be left out")
         _check_scheduler(self.pipe.scheduler)
         pipe, prompts = self.pipe, [prompt] if isinstance(prompt, str) else list(prompt)
+        denoiser = denoiser_class("AStarPipeline", pipe)(
+            pipe, prompts, images=num_images_per_prompt, height=height, width=width, steps=num_inference_steps,
+            options=options,
+        )  # fmt: skip
         groups = [
-            _groups(pipe, text, own)
+            denoiser.groups("AStarPipeline", text, own)
             for text, own in zip(prompts, _one_per_prompt(prompts, concepts, isinstance(prompt, str)), strict=True)
             for _ in range(num_images_per_prompt)
         ]
-        guide = LatentGuide(pipe.unet, groups, loss=loss, threshold=threshold, mode=mode, resolution=resolution)
-        if height is None or width is None:
-            rows, columns = _pair(pipe.unet.config.sample_size)
-            height, width = height or rows * pipe.vae_scale_factor, width or columns * pipe.vae_scale_factor
-        device = pipe._execution_device
-        condition = _condition(pipe, prompts, num_images_per_prompt, height, width, options)
-        pipe.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = pipe.scheduler.timesteps
-        sizes = step_sizes(len(timesteps), step_size, share)
-
-        def forward(z: Tensor, index: int) -> object:
-            scaled = pipe.scheduler.scale_model_input(z, timesteps[index])
-            return pipe.unet(scaled, timesteps[index], **condition)
+        guide = LatentGuide(denoiser.module, groups, loss=loss, threshold=threshold, mode=mode, resolution=resolution)
+        steps = len(denoiser.timesteps)
+        sizes = step_sizes(steps, step_size, share)
 
         def move(moving: Tensor, index: int) -> Tensor:
-            return guide.move(moving, sizes[index], partial(forward, index=index)) if sizes[index] else moving
+            return guide.move(moving, sizes[index], partial(denoiser.forward, index=index)) if sizes[index] else moving
 
         def after_step(stock: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if index + 1 < len(timesteps):
+            if index + 1 < steps:
                 tensors["latents"] = move(tensors["latents"], index + 1)
             if callback_on_step_end is None:
                 return tensors
             return {**tensors, **callback_on_step_end(stock, index, timestep, tensors)}
 
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        if latents is None:
-            sides = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-            shape = (len(groups), pipe.unet.config.in_channels, *sides)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=pipe.unet.dtype)
-        latents = latents.to(device)
-        sigma = pipe.scheduler.init_noise_sigma
-        noisy = latents * sigma
-        begun = latents + (move(noisy, 0) - noisy) / sigma  # the pipeline multiplies by sigma: zero moves change no bit
+        latents = (denoiser.noise(generator) if latents is None else latents).to(denoiser.device)
+        scale = denoiser.noise_scale
+        noisy = latents * scale
+        begun = latents + (move(noisy, 0) - noisy) / scale  # the pipeline multiplies by it: zero moves change no bit
         output = pipe(
             prompt,
-            height=height,
-            width=width,
+            height=denoiser.height,
+            width=denoiser.width,
             num_inference_steps=num_inference_steps,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
@@ -178,19 +153,6 @@ def _one_per_prompt(prompts: Sequence[str], concepts: Any, single: bool) -> list
     return list(concepts)
 
 
-def _groups(pipe: Any, prompt: str, concepts: Any) -> list[list[int]]:
-    """Token positions of each concept."""
-    require_plain_prompt("AStarPipeline", pipe, prompt)
-    if isinstance(concepts, (list, tuple)) and concepts and all(isinstance(each, (list, range)) for each in concepts):
-        return [list(each) for each in concepts]
-    found = readable(pipe.tokenizer, prompt, concept_phrases(prompt)) if concepts is None else concepts
-    groups = token_groups(pipe.tokenizer, prompt, found)
-    if not groups:
-        given = "in which no noun phrase was found" if concepts is None else f"got {concepts!r}"
-        raise ValueError(f"AStarPipeline: concepts must be named for {prompt!r}, {given}")
-    return groups
-
-
 def _check_scheduler(scheduler: Any) -> None:
     """Refuse schedulers whose second evaluations go back to a sample that they kept: moves would be lost."""
     name = type(scheduler).__name__
@@ -199,31 +161,3 @@ def _check_scheduler(scheduler: Any) -> None:
             f"AStarPipeline: scheduler must go on from the latents it is given, got {name}, which goes back to its "
             "own: use pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or Euler or DPM++ 2M"
         )
-
-
-@torch.no_grad()
-def _condition(pipe: Any, prompts: Sequence[str], images: int, height: int, width: int, options: Any) -> dict[str, Any]:
-    """What the UNet is called with for the images' own text, as the pipeline itself makes it."""
-    encoded = pipe.encode_prompt(
-        prompt=list(prompts), device=pipe._execution_device, num_images_per_prompt=images,
-        do_classifier_free_guidance=False, **text_options(options),
-    )  # fmt: skip
-    condition: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
-    if options.get("cross_attention_kwargs") is not None:
-        condition["cross_attention_kwargs"] = options["cross_attention_kwargs"]
-    if getattr(pipe, "text_encoder_2", None) is None:
-        return condition
-    pooled = encoded[2]
-    time_ids = pipe._get_add_time_ids(
-        options.get("original_size") or (height, width),
-        options.get("crops_coords_top_left") or (0, 0),
-        options.get("target_size") or (height, width),
-        dtype=encoded[0].dtype,
-        text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
-    )
-    time_ids = time_ids.to(pooled.device).repeat(pooled.shape[0], 1)
-    return condition | {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -44,7 +45,7 @@ class GuidedPipeline:
         setattr(self.pipe, name, value)
 
 
-def text_options(options: dict[str, Any]) -> dict[str, Any]:
+def text_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of a call's arguments those that the encoding of its text depends on."""
     scale = (options.get("cross_attention_kwargs") or {}).get("scale")
     return {"clip_skip": options.get("clip_skip"), "lora_scale": scale}

@@ -1,24 +1,21 @@
-"""Maps of where a UNet's image looks at which token, with gradient, without touching its processors.
+"""Maps of where a model's image looks at which token, with gradient, of forwards that compute what they always do.
 
-Queries and keys are what the projections `to_q` and `to_k` give: hooks on them see all that attention needs, whichever
-processor or backend goes on to use it. Softmax over the prompt's tokens is computed anew from them, for wanted layers
-only.
+Softmax over the prompt's tokens is computed anew from queries and keys, for wanted layers only: whichever kernel the
+layers use, none of them gives probabilities.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vision_attn.guidance.text_attention import text_attention
 from vision_attn.patching.cell import in_backward
 from vision_attn.patching.hooks import bind, forward_arguments
-from vision_attn.patching.layouts.unet import downsampling
 
 
 class _Stop(Exception):
@@ -26,17 +23,24 @@ class _Stop(Exception):
 
 
 class AttentionCapture:
-    """Cross-attention maps of the forwards inside a `with` block.
+    """Maps of the image's attention to its text, of the forwards inside a `with` block.
+
+    A UNet has cross-attention. In the joint attention of SD3 and FLUX most of a pixel's attention goes to other pixels;
+    the maps are of its text tokens alone, so that a pixel's attention to all of them is 1. Text of SD3 is that of CLIP,
+    77 tokens, and then that of T5.
 
     With gradient checkpointing the gradient is to be taken inside of the block, too.
 
     Args:
-        model: A UNet of SD 1, SD 2 or SDXL.
-        layers: Globs on names of cross-attention modules; None for all of the resolution.
+        model: A UNet of SD 1, SD 2 or SDXL, or a transformer of SD3 or FLUX.
+        layers: Globs on names of attention modules. None: of a UNet all of the resolution, of a transformer all joint
+            blocks; `"*"` has the single blocks of FLUX as well.
         resolution: Rows and columns of the maps; None for those of `layers`, or without these for a quarter of the
-            sample's: 16x16 for SD at 512 px, 32x32 for SDXL at 1024 px.
+            sample's: 16x16 for SD at 512 px, 32x32 for SDXL at 1024 px. A transformer has its token grid only.
         tokens: Positions of each concept's tokens, as `token_groups` gives them; None where only `probabilities` are
             wanted.
+        text: Positions that share a pixel's attention, one list per sample, the others get none; None for all.
+            Without BOS and padding, which take most of the attention and mean nothing, maps are of the words.
         stop: Whether a forward ends after the last wanted layer and gives None. The gradient of the maps is the same;
             what comes after them is not computed.
 
@@ -44,7 +48,8 @@ class AttentionCapture:
         names: The layers whose maps were taken in the last forward.
 
     Raises:
-        ValueError: at once, no such layers; at the forward, no layer or several resolutions, a mask of the text.
+        ValueError: at once, no such layers; at the forward, no layer or several resolutions, a mask of the text,
+            positions that the text does not have.
         NotImplementedError: at once, attention whose scores are not those of its projections.
 
     Example:
@@ -66,62 +71,51 @@ class AttentionCapture:
         layers: str | Sequence[str] | None = None,
         resolution: tuple[int, int] | None = None,
         tokens: Sequence[Sequence[int]] | None = None,
+        text: Sequence[Sequence[int]] | None = None,
         stop: bool = False,
     ) -> None:
-        self.model, self.resolution, self.tokens, self.stop = model, resolution, tokens, stop
+        self.model, self.resolution, self.tokens, self.text, self.stop = model, resolution, tokens, text, stop
         self.names: list[str] = []
         self._chosen = layers is not None
-        self._modules = _cross_attention(model, layers)
+        self._attention = text_attention(model, layers)
         self._arguments = forward_arguments(model)
         self._sum: Tensor | None = None
         self._grid: tuple[int, int] = (0, 0)
-        self._queries: dict[str, Tensor] = {}
         self._waiting: set[str] = set()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> AttentionCapture:
-        stack = self._stack = contextlib.ExitStack()
-        stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        for name, part in self._modules.items():
-            stack.callback(part.to_q.register_forward_hook(partial(self._take_query, name)).remove)
-            stack.callback(part.to_k.register_forward_hook(partial(self._take_key, name)).remove)
-        if self.stop:
-            stack.enter_context(_stopping(self.model))
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            stack.enter_context(self._attention.watched(self._wants, self._take))
+            if self.stop:
+                stack.enter_context(_stopping(self.model))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
-        self._queries.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = bind(*self._arguments, args, kwargs)
-        if call.get("encoder_attention_mask") is not None:
-            raise ValueError("AttentionCapture: encoder_attention_mask must be None, its maps would be of other scores")
-        rows, columns = call["sample"].shape[-2:]
-        grids = {name: _halved((rows, columns), downsampling(self.model, name)) for name in self._modules}
-        self._grid = self._wanted_grid(grids, _halved((rows, columns), 4))
+        grids = self._attention.grids(call)
+        self._grid = self._wanted_grid(grids, self._attention.coarsest(call))
         self.names = [name for name, grid in grids.items() if grid == self._grid]
         self._waiting, self._sum = set(self.names), None
 
-    def _wanted_grid(self, grids: dict[str, tuple[int, int]], quarter: tuple[int, int]) -> tuple[int, int]:
+    def _wanted_grid(self, grids: dict[str, tuple[int, int]], coarsest: tuple[int, int]) -> tuple[int, int]:
         there = sorted(set(grids.values()))
         if self.resolution is None and self._chosen and len(there) == 1:
             return there[0]
-        wanted = quarter if self.resolution is None else (self.resolution[0], self.resolution[1])
+        wanted = coarsest if self.resolution is None else (self.resolution[0], self.resolution[1])
         if wanted not in there or (self.resolution is None and self._chosen):
             raise ValueError(
                 f"AttentionCapture: resolution must be one of {there} for this sample, got {self.resolution}"
             )
         return wanted
 
-    def _take_query(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._wants(name):
-            self._queries[name] = output
-
-    def _take_key(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        if not self._wants(name):
-            return
-        probabilities = _probabilities(self._modules[name], self._queries.pop(name), output)
+    def _take(self, name: str, query: Tensor, key: Tensor, scale: float) -> None:
+        probabilities = _probabilities(query, key, scale, self.text)
         if in_backward():  # a checkpoint, which saves again what it saved in the forward
             return
         self._waiting.remove(name)
@@ -145,40 +139,33 @@ class AttentionCapture:
         if self.tokens is None:
             raise ValueError("AttentionCapture: tokens must be given for maps, got None: use probabilities")
         probabilities = self.probabilities
-        last = probabilities.shape[-1] - 1
-        for group in self.tokens:
-            if not group or not all(0 <= token <= last for token in group):
-                raise ValueError(f"AttentionCapture: tokens must hold positions from 0 to {last}, got {list(group)}")
+        _check_positions("tokens", self.tokens, probabilities.shape[-1])
         return torch.stack([probabilities[..., list(group)].mean(-1) for group in self.tokens], 1)
 
 
-def _cross_attention(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, Any]:
-    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    there = {name: part for name, part in model.named_modules() if name.endswith("attn2") and hasattr(part, "to_k")}
-    chosen = {name: part for name, part in there.items() if any(fnmatchcase(name, glob) for glob in patterns)}
-    if not chosen:
-        some = ", ".join(map(repr, list(there)[:3])) or "none"
-        raise ValueError(f"AttentionCapture: layers must name cross-attention, got {layers!r}: there are {some}")
-    for name, part in chosen.items():
-        normed = part.norm_q is not None or part.norm_k is not None
-        if normed or getattr(part, "fused_projections", False):
-            given = "norms of queries and keys" if normed else "fused projections"
-            raise NotImplementedError(
-                f"AttentionCapture: cross-attention must have plain projections, got {given} in {name!r}"
-            )
-    return chosen
-
-
-def _probabilities(attention: Any, query: Tensor, key: Tensor) -> Tensor:
+def _probabilities(query: Tensor, key: Tensor, scale: float, text: Sequence[Sequence[int]] | None) -> Tensor:
     """`[B, S, T]`, mean over heads, in float32 or above."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    q, k = (x.to(wide).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
-    return (attention.scale * q @ k.transpose(-1, -2)).softmax(-1).mean(1)
+    q, k = (tensor.to(wide).transpose(1, 2) for tensor in (query, key))
+    if text is None:
+        return (scale * q @ k.transpose(-1, -2)).softmax(-1).mean(1)
+    _check_positions("text", text, key.shape[1])
+    if len(text) != len(key):
+        raise ValueError(f"AttentionCapture: text must be one list per sample, {len(key)}, got {len(text)}")
+    # Columns are picked before the softmax: of FLUX's 512 text tokens few are words, and maps are kept for backward.
+    most = max(map(len, text))
+    places = torch.tensor([[*own, *[own[0]] * (most - len(own))] for own in text], device=key.device)
+    filled = torch.tensor([[number >= len(own) for number in range(most)] for own in text], device=key.device)
+    k = k.gather(2, places[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+    scores = (scale * q @ k.transpose(-1, -2)).masked_fill(filled[:, None, None], -torch.inf)
+    shares = scores.softmax(-1).mean(1)
+    return shares.new_zeros(*shares.shape[:2], key.shape[1]).scatter_add(2, places[:, None].expand_as(shares), shares)
 
 
-def _halved(size: tuple[int, int], factor: int) -> tuple[int, int]:
-    """A map after as many halvings, each rounded up."""
-    return -(-size[0] // factor), -(-size[1] // factor)
+def _check_positions(name: str, lists: Sequence[Sequence[int]], count: int) -> None:
+    for own in lists:
+        if not own or not all(0 <= token < count for token in own):
+            raise ValueError(f"AttentionCapture: {name} must hold positions from 0 to {count - 1}, got {list(own)}")
 
 
 @contextlib.contextmanager

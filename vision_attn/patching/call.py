@@ -80,6 +80,8 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
     elif not layer.switch.open and not torch.compiler.is_compiling():
         _note_outside(layer)
         return dense()
+    if layer.observers:
+        _show(layer, call)
     if not layer.switch.active:
         layer.note("dense", layer.switch.reason, None)
         return dense()
@@ -128,6 +130,14 @@ def attend(operator: Any, layer: Any, call: Attention, dense: Callable[[], torch
 
 AS_MASK = "as a mask on dense attention, exact but no faster"
 _FIX = "leave the layer out with layers=, or pass strict=False to compute such calls densely (Patch.calls lists them)"
+
+
+def _show(layer: Any, call: Attention) -> None:
+    """Let observers see a call that the layout describes, whatever computes it."""
+    layout, _ = match(layer, call.query.shape[1], call.key.shape[1])
+    if layout is not None:
+        for observe in list(layer.observers):
+            observe(call, layout)
 
 
 def _note_outside(layer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Layer:
         initial: Learned operator parameters of this layer, as they were made.
         trainable: Whether they are registered in the model, by the processor.
         calls: The calls since the forward (with `steps=`: the run) began.
+        observers: Called as `observer(call, layout)` before attention is computed.
         block_input: What entered the transformer block around the layer, for an operator that wants it.
         served: Whether the operator has taken a call in this forward.
         unmatched: Why the layout did not describe a self-attention call of this forward; empty when it did.
@@ -55,6 +56,7 @@ class Layer:
     initial: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: bool = False
     calls: list[Call] = field(default_factory=list)
+    observers: list[Callable[[Any, TokenLayout], None]] = field(default_factory=list)
     block_input: torch.Tensor | None = None
     served: bool = False
     unmatched: str = ""

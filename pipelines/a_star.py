@@ -1,4 +1,4 @@
-"""A-STAR and its siblings around a stock Stable Diffusion pipeline: latents that make attention tell concepts apart.
+"""A-STAR and its siblings around a stock pipeline: latents that make attention tell concepts apart.
 
 Methods have licences and patents of their own: A-STAR is the subject of US 12,633,000 B2. Whether to use it is the
 user's decision.
@@ -17,23 +17,33 @@ from vision_attn.pipelines.denoisers import denoiser_class
 from vision_attn.pipelines.guided import GuidedPipeline
 
 _REFUSED = (
-    "prompt_embeds", "prompt_2", "timesteps", "sigmas", "ip_adapter_image", "ip_adapter_image_embeds", "denoising_end",
+    "prompt_embeds", "prompt_2", "prompt_3", "timesteps", "sigmas", "denoising_end", "ip_adapter_image",
+    "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
 )  # fmt: skip
 _FORGETFUL = ("PNDMScheduler",)
 
 
 class AStarPipeline(GuidedPipeline):
-    """A stock pipeline of SD 1, SD 2 or SDXL that keeps the concepts of a prompt apart while it draws.
+    """A stock pipeline of SD 1, SD 2, SDXL, SD3 or FLUX.1 that keeps the concepts of a prompt apart while it draws.
 
-    Before a denoising step the latents move down the gradient of a loss of the cross-attention maps: concepts should
-    not overlap, and should stay where they were. It costs one more forward and its backward pass, up to the last layer
-    whose maps are needed: half of SD 1.5's work, three quarters of SDXL's.
+    Before a denoising step the latents move down the gradient of a loss of the attention maps: concepts should not
+    overlap, and should stay where they were. It costs one more forward and its backward pass, up to the last layer
+    whose maps are needed: half of SD 1.5's work, three quarters of SDXL's, all of a transformer's.
+
+    Maps of SD3 and FLUX are shared among the words of the prompt, as the image attends to them in joint attention; a
+    word of SD3 has the mean of its tokens of CLIP and of T5. The paper knows cross-attention alone. All layers count,
+    as in SAGA's maps of SD3: with one prompt for the embedded FLUX, at half of the run, the mean of all of them matched
+    what was drawn better than that of its joint blocks alone (correlation .89 and .90, not .67 and .57).
+    `layers="transformer_blocks.*"` takes these, the first third of FLUX.1, for a third of the cost. A transformer's
+    activations are large: `pipe.transformer.enable_gradient_checkpointing()` keeps fewer of them.
 
     Args:
         pipe: The stock pipeline, text-to-image.
 
     Raises:
-        NotImplementedError: another pipeline, or one of a model distilled to a few steps.
+        NotImplementedError: another pipeline, a UNet distilled to a few steps (it takes its guidance scale as a
+            condition; FLUX.1-dev does so too, with steps enough), a model with a cache of steps. Transformers distilled
+            to a few steps cannot be told from others: four steps of FLUX.1-schnell leave two moves.
 
     Source: arXiv 2306.14544; the losses of Attend-and-Excite (arXiv 2301.13826) and of your own as well.
     """
@@ -52,10 +62,11 @@ class AStarPipeline(GuidedPipeline):
         share: float = 0.5,
         threshold: float = 0.5,
         mode: str = "relative",
+        layers: str | Sequence[str] | None = None,
         resolution: tuple[int, int] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: Any = None,
         latents: Tensor | None = None,
@@ -76,10 +87,11 @@ class AStarPipeline(GuidedPipeline):
             share: Share of the steps before which latents move; 1 is the paper's.
             threshold: Of the masks, see `binarize`.
             mode: Of the masks, see `binarize`.
-            resolution: Of the maps; None for a quarter of the latents'.
+            layers: Whose maps count, see `AttentionCapture`.
+            resolution: Of the maps; None for a quarter of the latents', or for the tokens of a transformer.
             height: Pixels.
             width: Pixels.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Denoising steps; None for as many as the stock pipeline takes.
             num_images_per_prompt: Images of each prompt.
             generator: As of the stock pipeline.
             latents: Noise to begin with, as of the stock pipeline.
@@ -109,7 +121,10 @@ class AStarPipeline(GuidedPipeline):
             for text, own in zip(prompts, _one_per_prompt(prompts, concepts, isinstance(prompt, str)), strict=True)
             for _ in range(num_images_per_prompt)
         ]
-        guide = LatentGuide(denoiser.module, groups, loss=loss, threshold=threshold, mode=mode, resolution=resolution)
+        guide = LatentGuide(
+            denoiser.module, groups, text=denoiser.words(), loss=loss, threshold=threshold, mode=mode, layers=layers,
+            resolution=resolution,
+        )  # fmt: skip
         steps = len(denoiser.timesteps)
         sizes = step_sizes(steps, step_size, share)
 
@@ -132,7 +147,7 @@ class AStarPipeline(GuidedPipeline):
             prompt,
             height=denoiser.height,
             width=denoiser.width,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=denoiser.steps,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=begun,

@@ -6,18 +6,35 @@ are, what latents look like and how they go into the model. Guidance that takes 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
-from vision_attn.guidance.phrases import concept_phrases
-from vision_attn.guidance.structured import require_plain_prompt, require_unet
-from vision_attn.guidance.tokens import readable, token_groups
+from vision_attn.guidance.phrases import concept_phrases, find_phrases
+from vision_attn.guidance.structured import require_plain_prompt
+from vision_attn.guidance.tokens import read_until, readable, token_groups, word_positions
+from vision_attn.patching.diffusers import call_module
 from vision_attn.pipelines.guided import text_options
+
+
+class Text(NamedTuple):
+    """What one text encoder gives to the model's text.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        first: Position of its first token in the model's text.
+        length: Tokens that it reads, special ones counted; None for the tokenizer's own.
+    """
+
+    tokenizer: Any
+    first: int = 0
+    length: int | None = None
 
 
 class Denoiser:
@@ -29,18 +46,16 @@ class Denoiser:
         images: Samples per text.
         height: Pixels; None for the pipeline's own.
         width: Pixels; None for the pipeline's own.
-        steps: Denoising steps.
+        steps: Denoising steps; None for the pipeline's own.
         options: Further arguments of the pipeline's call.
 
     Attributes:
-        module: The model.
-        samples: Rows of latents: the images of the first prompt, then those of the next.
-        timesteps: Of each step, as the scheduler has them.
-        noise_scale: What the pipeline multiplies the noise by before its first step.
+        pipelines: Names of the classes of pipelines that are served.
+        model_name: Of the pipeline's part that denoises.
     """
 
-    module: nn.Module
     pipelines: tuple[str, ...]
+    model_name = "transformer"
 
     def __init__(
         self,
@@ -50,20 +65,49 @@ class Denoiser:
         images: int = 1,
         height: int | None = None,
         width: int | None = None,
-        steps: int = 50,
+        steps: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.pipe, self.prompts, self.images, self.steps = pipe, list(prompts), images, steps
+        self.pipe, self.prompts, self.images = pipe, list(prompts), images
         self.options: Mapping[str, Any] = options or {}
+        self.steps: int = self.option("num_inference_steps") if steps is None else steps
         if height is None or width is None:
             rows, columns = self._default_size()
             height, width = height or rows, width or columns
         self.height, self.width = height, width
 
+    @classmethod
+    def check(cls, where: str, pipe: Any) -> None:
+        """Refuse what a pipeline of this family may not be.
+
+        Raises:
+            NotImplementedError: a model that keeps results from one call for the next.
+        """
+        if getattr(cls.model_of(pipe), "is_cache_enabled", False):
+            raise NotImplementedError(
+                f"{where}: pipe must compute every step, got a {cls.model_name} with a cache, whose results would be "
+                f"of other latents: call pipe.{cls.model_name}.disable_cache()"
+            )
+
+    @classmethod
+    def model_of(cls, pipe: Any) -> Any:
+        """The denoising model; of a compiled one the module inside, whose layers can be watched."""
+        return call_module(getattr(pipe, cls.model_name))
+
+    @property
+    def module(self) -> Any:
+        """The model."""
+        return self.model_of(self.pipe)
+
     @property
     def samples(self) -> int:
-        """Rows of latents."""
+        """Rows of latents: the images of the first prompt, then those of the next."""
         return len(self.prompts) * self.images
+
+    def option(self, name: str) -> Any:
+        """An argument of the pipeline's call, or its default."""
+        default = inspect.signature(type(self.pipe).__call__).parameters[name].default
+        return self.options.get(name, default)
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +124,7 @@ class Denoiser:
 
     @property
     def noise_scale(self) -> Any:
-        """Factor of the pipeline on its noise, known once the scheduler is set."""
+        """What the pipeline multiplies its noise by before the first step."""
         return 1.0
 
     def noise(self, generator: Any) -> Tensor:
@@ -100,8 +144,24 @@ class Denoiser:
         """
         raise NotImplementedError
 
+    def texts(self) -> list[Text]:
+        """The text encoders whose tokens the model's text has, in their order."""
+        raise NotImplementedError
+
+    def words(self) -> list[list[int]] | None:
+        """Per sample, positions of all words in the model's text; they compete. None: all tokens but first and last."""
+        return [
+            [
+                text.first + place
+                for text in self.texts()
+                for place in word_positions(text.tokenizer, prompt, length=text.length)
+            ]
+            for prompt in self.prompts
+            for _ in range(self.images)
+        ]
+
     def groups(self, where: str, prompt: str, concepts: Any) -> list[list[int]]:
-        """Token positions of each concept in the model's text.
+        """Positions of each concept's tokens in the model's text: of those that each encoder reads.
 
         Args:
             where: Who asks, for messages.
@@ -112,20 +172,27 @@ class Denoiser:
             ValueError: concepts that the prompt does not have, or a prompt without any.
             NotImplementedError: a prompt that the pipeline changes before it encodes it.
         """
-        require_plain_prompt(where, self.pipe, prompt)
+        texts = self.texts()
+        for text in texts:
+            require_plain_prompt(where, self.pipe, prompt, text.tokenizer)
         positions = isinstance(concepts, (list, tuple)) and all(isinstance(each, (list, range)) for each in concepts)
         if concepts and positions:
             return [list(each) for each in concepts]
-        groups = self._groups(prompt, concepts)
+        ends = [read_until(text.tokenizer, prompt, text.length) for text in texts]
+        widest = texts[ends.index(max(ends))]
+        phrases = concept_phrases(prompt) if concepts is None else find_phrases(prompt, concepts)
+        if concepts is None:
+            phrases = readable(widest.tokenizer, prompt, phrases, widest.length)
+        groups: list[list[int]] = [[] for _ in phrases]
+        for text, end in zip(texts, ends, strict=True):
+            for phrase, group in zip(phrases, groups, strict=True):
+                if text is widest or phrase.end <= end:
+                    (places,) = token_groups(text.tokenizer, prompt, [phrase], length=text.length)
+                    group += [text.first + place for place in places]
         if not groups:
             given = "in which no noun phrase was found" if concepts is None else f"got {concepts!r}"
             raise ValueError(f"{where}: concepts must be named for {prompt!r}, {given}")
         return groups
-
-    def _groups(self, prompt: str, concepts: Any) -> list[list[int]]:
-        tokenizer = self.pipe.tokenizer
-        found = readable(tokenizer, prompt, concept_phrases(prompt)) if concepts is None else concepts
-        return token_groups(tokenizer, prompt, found)
 
     def _default_size(self) -> tuple[int, int]:
         """Rows and columns in pixels."""
@@ -140,17 +207,31 @@ class UNetDenoiser(Denoiser):
 
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
-    @property
-    def module(self) -> nn.Module:  # type: ignore[override]
-        """The UNet."""
-        unet: nn.Module = self.pipe.unet
-        return unet
+    model_name = "unet"
+
+    @classmethod
+    def check(cls, where: str, pipe: Any) -> None:
+        """Refuse models that take their guidance scale as a condition, too."""
+        super().check(where, pipe)
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            raise NotImplementedError(
+                f"{where}: pipe must not take its guidance scale as a condition, got {type(pipe.unet).__name__} "
+                "with time_cond_proj_dim: models distilled to a few steps leave too few to move latents"
+            )
 
     @property
     def noise_scale(self) -> Any:
-        """The scheduler's."""
-        assert self.timesteps is not None  # some schedulers know their largest sigma only then
+        """The scheduler's, which some know only once they have timesteps."""
+        assert len(self.timesteps)
         return self.pipe.scheduler.init_noise_sigma
+
+    def texts(self) -> list[Text]:
+        """CLIP's; both encoders of SDXL have the same tokens."""
+        return [Text(self.pipe.tokenizer)]
+
+    def words(self) -> list[list[int]] | None:
+        """All but BOS and the last compete, as Attend-and-Excite has it."""
+        return None
 
     def noise(self, generator: Any) -> Tensor:
         """`[B, C, Y, X]`."""
@@ -162,7 +243,7 @@ class UNetDenoiser(Denoiser):
         """Call the UNet."""
         timestep = self.timesteps[index]
         scaled = self.pipe.scheduler.scale_model_input(latents, timestep)
-        return self.pipe.unet(scaled, timestep, **self.condition)
+        return self.module(scaled, timestep, **self.condition)
 
     @cached_property
     @torch.no_grad()
@@ -195,6 +276,139 @@ class UNetDenoiser(Denoiser):
         return rows * factor, columns * factor
 
 
+class _FlowDenoiser(Denoiser):
+    """What transformers with rectified flow have in common."""
+
+    def noise(self, generator: Any) -> Tensor:
+        """As the model takes it."""
+        return self._latents(generator)[0]
+
+    def forward(self, latents: Tensor, index: int) -> object:
+        """Call the transformer."""
+        timestep = self.timesteps[index].expand(latents.shape[0])
+        given = self.option("joint_attention_kwargs")
+        more = {"joint_attention_kwargs": None if given is None else dict(given)}  # the model takes things out of it
+        return self.module(hidden_states=latents, timestep=self._timestep(timestep, latents), **self.condition, **more)
+
+    @cached_property
+    def condition(self) -> dict[str, Any]:
+        """What the transformer is called with beside the latents, as the pipeline makes it of its prompts."""
+        raise NotImplementedError
+
+    def _timestep(self, timestep: Tensor, latents: Tensor) -> Tensor:
+        return timestep
+
+    def _latents(self, generator: Any, latents: Tensor | None = None) -> Any:
+        """The pipeline's own, a tuple."""
+        raise NotImplementedError
+
+    def _default_size(self) -> tuple[int, int]:
+        size: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return size, size
+
+    def _encoded(self, **more: Any) -> Any:
+        scale = (self.option("joint_attention_kwargs") or {}).get("scale")
+        return self.pipe.encode_prompt(
+            prompt=self.prompts, prompt_2=None, device=self.device, num_images_per_prompt=self.images,
+            max_sequence_length=self.option("max_sequence_length"), lora_scale=scale, **more,
+        )  # fmt: skip
+
+    def _shift(self, tokens: int, largest: float) -> float:
+        """The logarithm of the shift of timesteps for an image of so many tokens, both pipelines' line."""
+        config = self.pipe.scheduler.config
+        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", largest)
+        slope = (high - low) / (last - first)
+        shift: float = tokens * slope + (low - slope * first)  # in this order: the same to the last bit
+        return shift
+
+
+class SD3Denoiser(_FlowDenoiser):
+    """SD 3 and SD 3.5. Their text is CLIP's tokens, then T5's."""
+
+    pipelines = ("StableDiffusion3Pipeline",)
+
+    def texts(self) -> list[Text]:
+        """CLIP's, and T5's where it was loaded; both CLIP encoders have the same tokens."""
+        pipe = self.pipe
+        clip = Text(pipe.tokenizer, 0, pipe.tokenizer_max_length)
+        if pipe.text_encoder_3 is None:
+            return [clip]
+        return [clip, Text(pipe.tokenizer_3, pipe.tokenizer_max_length, self.option("max_sequence_length"))]
+
+    @cached_property
+    @torch.no_grad()
+    def condition(self) -> dict[str, Any]:
+        """Text and pooled text."""
+        text, _, pooled, _ = self._encoded(
+            prompt_3=None, do_classifier_free_guidance=False, clip_skip=self.option("clip_skip")
+        )
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    def _latents(self, generator: Any, latents: Tensor | None = None) -> Any:
+        dtype, channels = self.condition["encoder_hidden_states"].dtype, self.module.config.in_channels
+        return (
+            self.pipe.prepare_latents(
+                self.samples, channels, self.height, self.width, dtype, self.device, generator, latents
+            ),
+        )
+
+    def _set_timesteps(self) -> None:
+        pipe, shift = self.pipe, self.option("mu")
+        if shift is None and pipe.scheduler.config.get("use_dynamic_shifting"):
+            patch = self.module.config.patch_size
+            rows, columns = (size // pipe.vae_scale_factor // patch for size in (self.height, self.width))
+            shift = self._shift(rows * columns, 1.16)
+        shifted = {} if shift is None else {"mu": shift}
+        pipe.scheduler.set_timesteps(self.steps, device=self.device, **shifted)
+
+
+class FluxDenoiser(_FlowDenoiser):
+    """FLUX.1. Its text is T5's tokens; latents are packed, a row of 2x2 of them per token."""
+
+    pipelines = ("FluxPipeline",)
+
+    def texts(self) -> list[Text]:
+        """T5's; CLIP gives the pooled text alone."""
+        return [Text(self.pipe.tokenizer_2, 0, self.option("max_sequence_length"))]
+
+    @cached_property
+    @torch.no_grad()
+    def condition(self) -> dict[str, Any]:
+        """Text and its ids, pooled text, the ids of pixels, and the guidance that FLUX.1-dev was distilled for."""
+        text, pooled, text_ids = self._encoded()
+        scale = None
+        if self.module.config.guidance_embeds:
+            scale = torch.full([1], self.option("guidance_scale"), device=self.device, dtype=torch.float32)
+            scale = scale.expand(self.samples)
+        condition = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": text_ids}
+        return condition | {"guidance": scale, "img_ids": self._prepared(text.dtype, None, text)[1]}
+
+    def _timestep(self, timestep: Tensor, latents: Tensor) -> Tensor:
+        return timestep.to(latents.dtype) / 1000
+
+    def _latents(self, generator: Any, latents: Tensor | None = None) -> Any:
+        return self._prepared(self.condition["encoder_hidden_states"].dtype, generator, latents)
+
+    def _prepared(self, dtype: torch.dtype, generator: Any, latents: Tensor | None) -> Any:
+        channels = self.module.config.in_channels // 4
+        return self.pipe.prepare_latents(
+            self.samples, channels, self.height, self.width, dtype, self.device, generator, latents
+        )
+
+    def _set_timesteps(self) -> None:
+        scheduler, side = self.pipe.scheduler, 2 * self.pipe.vae_scale_factor
+        shift = self._shift((self.height // side) * (self.width // side), 1.15)
+        if scheduler.config.get("use_flow_sigmas"):
+            scheduler.set_timesteps(self.steps, device=self.device, mu=shift)
+        else:
+            sigmas = np.linspace(1.0, 1 / self.steps, self.steps)
+            scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=shift)
+
+
+_CLASSES: tuple[type[Denoiser], ...] = (UNetDenoiser, SD3Denoiser, FluxDenoiser)
+
+
 def denoiser_class(where: str, pipe: Any) -> type[Denoiser]:
     """The class that serves a stock pipeline.
 
@@ -203,18 +417,15 @@ def denoiser_class(where: str, pipe: Any) -> type[Denoiser]:
         pipe: The pipeline.
 
     Raises:
-        NotImplementedError: another pipeline, or one of a model distilled to a few steps.
+        NotImplementedError: another pipeline, one of a model distilled to a few steps, or one with a cache of steps.
     """
-    require_unet(where, pipe)
     names = [cls.__name__ for cls in type(pipe).__mro__]
-    if not any(name in UNetDenoiser.pipelines for name in names):
+    found = next((cls for cls in _CLASSES if any(name in cls.pipelines for name in names)), None)
+    if found is None:
+        served = ", ".join(name for cls in _CLASSES for name in cls.pipelines)
         raise NotImplementedError(
-            f"{where}: pipe must be a text-to-image pipeline, {' or '.join(UNetDenoiser.pipelines)}, got "
-            f"{type(pipe).__name__}: its denoiser sees more than the latents and the text"
+            f"{where}: pipe must be a text-to-image pipeline, one of {served}, got {type(pipe).__name__}: other "
+            "denoisers see more than the latents and the text, or are called in another way"
         )
-    if pipe.unet.config.time_cond_proj_dim is not None:
-        raise NotImplementedError(
-            f"{where}: pipe must not take its guidance scale as a condition, got {type(pipe.unet).__name__} "
-            "with time_cond_proj_dim: models distilled to a few steps leave too few to move latents"
-        )
-    return UNetDenoiser
+    found.check(where, pipe)
+    return found

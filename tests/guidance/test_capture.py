@@ -65,6 +65,17 @@ def test_maps_are_softmax_by_hand():
     torch.testing.assert_close(capture.maps[:, 1], (expected[..., 4] + expected[..., 5]) / 2)
 
 
+def test_attention_is_shared_among_the_text_that_is_wanted():
+    model, text = unet(attention_head_dim=1), [[1, 3, 6], [2]]  # one head: nothing is averaged
+    every, some = (AttentionCapture(model, layers="mid_block.*", text=own) for own in (None, text))
+    for capture in (every, some):
+        with torch.no_grad(), capture:
+            model(**inputs())
+    expected = every.probabilities[0][..., text[0]]
+    torch.testing.assert_close(some.probabilities[0][..., text[0]], expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(some.probabilities[1], torch.eye(TEXT)[2].expand(3, 4, TEXT))
+
+
 def test_resolutions_and_layers():
     model = unet()
     with AttentionCapture(model, resolution=(5, 7)) as capture:

@@ -12,9 +12,9 @@ GRID, TOKENS = (5, 7), [[2], [1, 4]]
 DOUBLE = {"num_layers": 2}
 SD35 = {"num_layers": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
 CASES = {
-    "flux-joint": (FLUX, {"num_layers": 2, "num_single_layers": 1}, None, 2),
+    "flux-joint": (FLUX, {"num_layers": 2, "num_single_layers": 1}, "transformer_blocks.*", 2),
     "flux-single": (FLUX, {}, "single_transformer_blocks.*", 2),
-    "flux-all": (FLUX, {}, "*", 3),
+    "flux-all": (FLUX, {}, None, 3),
     "sd3": (SD3, DOUBLE, None, 2),
     "sd35": (SD3, SD35, None, 2),
 }
@@ -86,9 +86,9 @@ def test_attention_is_shared_among_the_text_that_is_wanted(tiny):
     assert not some.probabilities[0][..., [0, 3]].any()
     one = {"num_layers": 1, "num_attention_heads": 1}  # with one head and one layer nothing is averaged
     model = tiny.model(**one, **({"axes_dims_rope": (4, 4, 8)} if tiny is FLUX else {"caption_projection_dim": 8}))
-    with torch.no_grad(), AttentionCapture(model) as every:
+    with torch.no_grad(), AttentionCapture(model, layers="transformer_blocks.*") as every:
         model(**calls)
-    with torch.no_grad(), AttentionCapture(model, text=text) as some:
+    with torch.no_grad(), AttentionCapture(model, layers="transformer_blocks.*", text=text) as some:
         model(**calls)
     expected = every.probabilities[0][..., text[0]]
     torch.testing.assert_close(some.probabilities[0][..., text[0]], expected / expected.sum(-1, keepdim=True))

@@ -19,6 +19,15 @@ def test_concepts_compete_for_pixels():
     assert torch.equal(concept_maps(probabilities[1], [[1], [2, 4]], smooth=False), maps[1])
 
 
+def test_tokens_that_compete():
+    probabilities = torch.rand(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    maps = concept_maps(probabilities, [[0, 5]], text=[0, 3, 5], smooth=False)
+    sharp = [math.exp(100 * p) for p in probabilities[2, 1, [0, 3, 5]].tolist()]
+    assert maps[0, 2, 1].item() == pytest.approx((sharp[0] + sharp[2]) / 2 / sum(sharp))
+    with pytest.raises(ValueError, match=r"groups must hold tokens of text, \[0, 3, 5\], got \[3, 4\]"):
+        concept_maps(probabilities, [[3, 4]], text=[0, 3, 5])
+
+
 def test_smoothing():
     maps = torch.zeros(5, 6, dtype=torch.float64)
     maps[2, 3] = 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vision_attn.guidance import align, noun_phrases, token_groups
+from vision_attn.guidance import align, noun_phrases, token_groups, word_positions
 from vision_attn.shapes.model import build_clip_tokenizer, build_t5_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -33,6 +33,14 @@ def test_groups_spell_their_phrases(tokenizer):
 def test_bos_is_counted():
     assert token_groups(build_clip_tokenizer(), "a red circle", ["red circle"]) == [[2, 3]]
     assert token_groups(build_t5_tokenizer(), "a red circle", ["red circle", (0, 1)]) == [[1, 2], [0]]
+
+
+def test_words_that_the_encoder_reads():
+    assert word_positions(build_clip_tokenizer(), "a red circle") == [1, 2, 3]  # BOS stands before them
+    assert word_positions(build_t5_tokenizer(), "a red circle") == [0, 1, 2]
+    assert word_positions(build_clip_tokenizer(), "a red circle", length=4) == [1, 2]
+    with pytest.raises(ValueError, match=r"spans must be within the 3 tokens that .* got 'circle' at position 3"):
+        token_groups(build_clip_tokenizer(), "a red circle", ["circle"], length=4)
 
 
 def test_mistakes(tokenizer):

@@ -14,7 +14,7 @@ from vision_attn.guidance.losses import (
 from vision_attn.guidance.maps import binarize, concept_maps, smoothed
 from vision_attn.guidance.phrases import Phrase, concept_phrases, constituents_of, noun_chunks_of, noun_phrases
 from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddings
-from vision_attn.guidance.tokens import align, token_groups
+from vision_attn.guidance.tokens import align, token_groups, word_positions
 
 __all__ = [
     "AttentionCapture",
@@ -40,4 +40,5 @@ __all__ = [
     "text_context",
     "token_groups",
     "value_context",
+    "word_positions",
 ]

@@ -33,8 +33,8 @@ class AttentionCapture:
 
     Args:
         model: A UNet of SD 1, SD 2 or SDXL, or a transformer of SD3 or FLUX.
-        layers: Globs on names of attention modules. None: of a UNet all of the resolution, of a transformer all joint
-            blocks; `"*"` has the single blocks of FLUX as well.
+        layers: Globs on names of attention modules. None: of a UNet all of the resolution, of a transformer all, the
+            single blocks of FLUX among them.
         resolution: Rows and columns of the maps; None for those of `layers`, or without these for a quarter of the
             sample's: 16x16 for SD at 512 px, 32x32 for SDXL at 1024 px. A transformer has its token grid only.
         tokens: Positions of each concept's tokens, as `token_groups` gives them; None where only `probabilities` are

@@ -37,11 +37,14 @@ class LatentGuide:
     """Moves latents down the gradient of a loss, step after step of one run.
 
     Args:
-        unet: The denoiser; its parameters get no gradient.
+        model: The denoiser, see `AttentionCapture`; its parameters get no gradient.
         groups: Per sample, the token positions of each concept.
+        text: Per sample, the positions of the tokens that compete for a pixel's attention; None for all but the first
+            and the last, where the first is BOS.
         loss: A name of `LOSSES`, or a function of maps and masks.
         threshold: Of the masks, see `binarize`.
         mode: Of the masks, see `binarize`.
+        layers: Whose maps are taken, see `AttentionCapture`.
         resolution: Of the maps, see `AttentionCapture`.
 
     Attributes:
@@ -53,12 +56,14 @@ class LatentGuide:
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         groups: Sequence[Sequence[Sequence[int]]],
         *,
+        text: Sequence[Sequence[int]] | None = None,
         loss: str | MapLoss = "a-star",
         threshold: float = 0.5,
         mode: str = "relative",
+        layers: str | Sequence[str] | None = None,
         resolution: tuple[int, int] | None = None,
     ) -> None:
         if isinstance(loss, str) and loss not in LOSSES:
@@ -68,7 +73,7 @@ class LatentGuide:
         if not all(groups):
             raise ValueError("LatentGuide: groups must hold at least one concept per sample, got none: name concepts")
         binarize(torch.ones(1, 1, 1), threshold, mode)  # refuses what is out of range before any work
-        self.unet, self.groups, self.resolution = unet, groups, resolution
+        self.model, self.groups, self.text, self.layers, self.resolution = model, groups, text, layers, resolution
         self.loss: MapLoss = LOSSES[loss] if isinstance(loss, str) else loss
         self.threshold, self.mode = threshold, mode
         self.losses: list[list[float]] = []
@@ -78,9 +83,9 @@ class LatentGuide:
         """Latents for the next denoising step.
 
         Args:
-            latents: `[B, C, Y, X]`, a row per sample of `groups`.
+            latents: `[B, ...]`, a row per sample of `groups`.
             step_size: Factor on the gradient; 0 leaves the latents as they are, bit for bit.
-            forward: Calls the UNet on latents with the samples' own text, scaled as the scheduler wants it.
+            forward: Calls the model on latents with the samples' own text, scaled as the scheduler wants it.
 
         Returns:
             Latents in the same dtype.
@@ -95,13 +100,15 @@ class LatentGuide:
             raise RuntimeError(
                 "LatentGuide: latents must be moved outside of torch.inference_mode(): use torch.no_grad()"
             )
-        with torch.enable_grad(), _frozen(self.unet):
+        with torch.enable_grad(), _frozen(self.model):
             moved = latents.detach().clone().requires_grad_()
-            with AttentionCapture(self.unet, resolution=self.resolution, stop=True) as capture:
+            with AttentionCapture(
+                self.model, layers=self.layers, resolution=self.resolution, text=self.text, stop=True
+            ) as capture:
                 forward(moved)
                 maps = [
-                    concept_maps(sample, groups)
-                    for sample, groups in zip(capture.probabilities, self.groups, strict=True)
+                    concept_maps(sample, groups, text=None if self.text is None else self.text[number])
+                    for number, (sample, groups) in enumerate(zip(capture.probabilities, self.groups, strict=True))
                 ]
                 losses = torch.stack([self.loss(*pair) for pair in zip(maps, self._masks, strict=True)])
                 scale = _FLOAT16_SCALE if latents.dtype == torch.float16 else 1.0

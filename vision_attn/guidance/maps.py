@@ -14,15 +14,27 @@ _BINS = 256
 _SHARPNESS = 100.0
 
 
-def concept_maps(probabilities: Tensor, groups: Sequence[Sequence[int]], *, smooth: bool = True) -> Tensor:
+def concept_maps(
+    probabilities: Tensor,
+    groups: Sequence[Sequence[int]],
+    *,
+    text: Sequence[int] | None = None,
+    smooth: bool = True,
+) -> Tensor:
     """Maps of concepts from attention probabilities, as Attend-and-Excite makes them.
 
     The first and the last token are left out, a sharpened softmax over the others makes tokens compete for each pixel,
     a concept is the mean of its tokens, and a 3x3 Gaussian smooths it.
 
+    The factor 100 is that of cross-attention, of which BOS has the most. It serves the joint attention of the embedded
+    FLUX too, shared among the words alone: against a factor of 10, gradients of the losses were 3 to 28 times as large
+    at three steps of one run, and maps at half of it nearer to what was drawn (correlation .89 and .90, not .80 and
+    .83).
+
     Args:
         probabilities: `[Y, X, T]` or `[B, Y, X, T]` over the tokens of the prompt, the first one BOS.
-        groups: Token positions of each concept, from 1 to `T - 2`.
+        groups: Token positions of each concept, among those of `text`.
+        text: Positions of the tokens that compete; None for those from 1 to `T - 2`.
         smooth: Whether to smooth.
 
     Returns:
@@ -39,12 +51,14 @@ def concept_maps(probabilities: Tensor, groups: Sequence[Sequence[int]], *, smoo
             f"{tuple(probabilities.shape)}"
         )
     last = probabilities.shape[-1] - 2
+    columns = list(range(1, last + 1) if text is None else text)
     for group in groups:
-        if not group or not all(1 <= token <= last for token in group):
-            raise ValueError(f"concept_maps: groups must hold tokens from 1 to {last}, got {list(group)}")
+        if not group or not set(group) <= set(columns):
+            allowed = f"from 1 to {last}" if text is None else f"of text, {columns}"
+            raise ValueError(f"concept_maps: groups must hold tokens {allowed}, got {list(group)}")
     wide = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
-    sharp = (_SHARPNESS * wide[..., 1:-1]).softmax(-1)
-    maps = torch.stack([sharp[..., [token - 1 for token in group]].mean(-1) for group in groups], -3)
+    sharp = (_SHARPNESS * wide[..., columns]).softmax(-1)
+    maps = torch.stack([sharp[..., [columns.index(token) for token in group]].mean(-1) for group in groups], -3)
     return smoothed(maps) if smooth else maps
 
 

@@ -134,14 +134,21 @@ def require_unet(where: str, pipe: Any) -> None:
         )
 
 
-def require_plain_prompt(where: str, pipe: Any, prompt: str) -> None:
+def require_plain_prompt(where: str, pipe: Any, prompt: str, tokenizer: Any = None) -> None:
     """Refuse a prompt that the pipeline changes before it encodes it: its phrases would be elsewhere.
+
+    Args:
+        where: Who asks, for messages.
+        pipe: The pipeline.
+        prompt: The prompt.
+        tokenizer: Which of the pipeline's; None for its first.
 
     Raises:
         NotImplementedError: words of textual inversion that stand for several tokens.
     """
     convert = getattr(pipe, "maybe_convert_prompt", None)
-    if convert is not None and convert(prompt, pipe.tokenizer) != prompt:
+    tokenizer = pipe.tokenizer if tokenizer is None else tokenizer
+    if convert is not None and convert(prompt, tokenizer) != prompt:
         raise NotImplementedError(
             f"{where}: prompt must hold no textual inversion of several vectors, got {prompt!r}: its phrases would be "
             "taken from the wrong places"

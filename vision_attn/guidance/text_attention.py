@@ -44,7 +44,7 @@ class TextAttention(Protocol):
 
 
 def text_attention(model: nn.Module, layers: str | Sequence[str] | None) -> TextAttention:
-    """The layers of a model that globs name; None for all of a UNet and for all joint blocks of a transformer.
+    """The layers of a model that globs name; None for all that see its text.
 
     Raises:
         ValueError: no such layers.
@@ -66,7 +66,7 @@ class CrossAttention:
 
     def __init__(self, model: nn.Module, layers: str | Sequence[str] | None) -> None:
         there = {name: part for name, part in model.named_modules() if name.endswith("attn2") and hasattr(part, "to_k")}
-        self.model, self.modules = model, _chosen("cross-attention", there, layers, "*")
+        self.model, self.modules = model, _chosen("cross-attention", there, layers)
         for name, part in self.modules.items():
             normed = part.norm_q is not None or part.norm_k is not None
             if normed or getattr(part, "fused_projections", False):
@@ -120,7 +120,7 @@ class JointAttention:
     def __init__(self, model: nn.Module, layers: str | Sequence[str] | None) -> None:
         self.model, self.family = model, family_of(model)
         there = {name: part for name, part in attention_modules(model) if not self._sees_image_alone(name)}
-        self.modules = _chosen("joint attention", there, layers, "transformer_blocks.*")
+        self.modules = _chosen("joint attention", there, layers)
 
     def _sees_image_alone(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.family.image_only)
@@ -167,8 +167,8 @@ def _is_patched(module: Any) -> bool:
     return is_routed(processor) and processor.layer is not None and processor.layer.installed
 
 
-def _chosen(kind: str, there: Mapping[str, Any], layers: str | Sequence[str] | None, default: str) -> dict[str, Any]:
-    patterns = [default] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+def _chosen(kind: str, there: Mapping[str, Any], layers: str | Sequence[str] | None) -> dict[str, Any]:
+    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     chosen = {name: part for name, part in there.items() if any(fnmatchcase(name, glob) for glob in patterns)}
     if not chosen:
         some = ", ".join(map(repr, list(there)[:3])) or "none"

@@ -12,7 +12,7 @@ from torch import Tensor
 from vision_attn.guidance.phrases import Phrase, find_phrases
 
 
-def token_groups(tokenizer: Any, prompt: str, spans: Any) -> list[list[int]]:
+def token_groups(tokenizer: Any, prompt: str, spans: Any, *, length: int | None = None) -> list[list[int]]:
     """Positions of phrases in the encoder's input.
 
     Characters are what counts, not words: apostrophes, accents, upper case and blanks need no care, and a word of
@@ -22,17 +22,19 @@ def token_groups(tokenizer: Any, prompt: str, spans: Any) -> list[list[int]]:
         tokenizer: A fast tokenizer of transformers, such as CLIP's or T5's.
         prompt: As it goes to the tokenizer.
         spans: `(start, end)` character offsets, `Phrase`s, or texts to be found in the prompt.
+        length: Tokens that the encoder reads, special ones counted, such as a pipeline's `max_sequence_length`; None
+            for the tokenizer's own.
 
     Returns:
         A list of positions per span, special tokens such as BOS counted.
 
     Raises:
         TypeError: a tokenizer that tells no offsets, spans of another kind.
-        ValueError: a span that is not in the prompt, has no token, or lies beyond the tokenizer's length.
+        ValueError: a span that is not in the prompt, has no token, or lies beyond what the encoder reads.
     """
     phrases = find_phrases(prompt, spans)
     offsets = _offsets(tokenizer, prompt)
-    limit = _capacity(tokenizer)
+    limit = _capacity(tokenizer, length)
     groups = []
     for phrase in phrases:
         group = [place for place, (start, end) in enumerate(offsets) if start < phrase.end and end > phrase.start]
@@ -47,12 +49,30 @@ def token_groups(tokenizer: Any, prompt: str, spans: Any) -> list[list[int]]:
     return groups
 
 
-def readable(tokenizer: Any, prompt: str, phrases: Sequence[Phrase]) -> list[Phrase]:
+def word_positions(tokenizer: Any, prompt: str, *, length: int | None = None) -> list[int]:
+    """Positions of all tokens that the prompt's characters have: none that are special, and no padding.
+
+    Args:
+        tokenizer: As of `token_groups`.
+        prompt: As of `token_groups`.
+        length: As of `token_groups`.
+    """
+    limit = _capacity(tokenizer, length)
+    return [place for place, (start, end) in enumerate(_offsets(tokenizer, prompt)[:limit]) if end > start]
+
+
+def read_until(tokenizer: Any, prompt: str, length: int | None = None) -> int:
+    """How many characters of the prompt the encoder reads."""
+    offsets, limit = _offsets(tokenizer, prompt), _capacity(tokenizer, length)
+    return offsets[limit - 1][1] if len(offsets) > limit else len(prompt)
+
+
+def readable(tokenizer: Any, prompt: str, phrases: Sequence[Phrase], length: int | None = None) -> list[Phrase]:
     """The phrases that lie within what the encoder reads; the others are warned of, as pipelines warn of cut text."""
-    offsets, limit = _offsets(tokenizer, prompt), _capacity(tokenizer)
-    end = offsets[limit - 1][1] if len(offsets) > limit else len(prompt)
+    end = read_until(tokenizer, prompt, length)
     cut = [phrase.text for phrase in phrases if phrase.end > end]
     if cut:
+        limit = _capacity(tokenizer, length)
         warnings.warn(f"phrases beyond the {limit} tokens that the encoder reads are left out: {cut}", stacklevel=4)
     return [phrase for phrase in phrases if phrase.end <= end]
 
@@ -73,9 +93,9 @@ def _offsets(tokenizer: Any, prompt: str) -> list[tuple[int, int]]:
     return offsets
 
 
-def _capacity(tokenizer: Any) -> int:
+def _capacity(tokenizer: Any, length: int | None) -> int:
     """Tokens that the encoder reads, less the special one at the end."""
-    longest: int = tokenizer.model_max_length
+    longest: int = tokenizer.model_max_length if length is None else length
     return longest - 1
 
 

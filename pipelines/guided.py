@@ -23,9 +23,9 @@ class GuidedPipeline:
         self.__dict__["pipe"] = pipe
 
     @classmethod
-    def from_pipe(cls, pipe: Any) -> Any:
-        """The same parts with guidance; `pipe` itself stays as it is."""
-        return cls(pipe)
+    def from_pipe(cls, pipe: Any, **options: Any) -> Any:
+        """The same parts with guidance; `pipe` itself stays as it is. Options are those of the class."""
+        return cls(pipe, **options)
 
     def __getattr__(self, name: str) -> Any:
         if name == "pipe" or name.startswith("__"):  # not there yet: a copy is being made

@@ -19,6 +19,9 @@ class StructuredDiffusionPipeline(GuidedPipeline):
     Args:
         pipe: The stock pipeline; text-to-image, image-to-image, inpainting or with a ControlNet, whose own
             cross-attention stays as it is.
+        phrases: Of calls that name none, as of `structured_embeddings`: None or a function.
+        mode: Of calls that name none, as of `structured_embeddings`.
+        strength: Of calls that name none, as of `structured_embeddings`.
 
     Raises:
         NotImplementedError: a pipeline without a UNet.
@@ -26,17 +29,18 @@ class StructuredDiffusionPipeline(GuidedPipeline):
     Source: arXiv 2212.05032.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, *, phrases: Any = None, mode: str = "paper", strength: float = 1.0) -> None:
         require_unet("StructuredDiffusionPipeline", pipe)
         super().__init__(pipe)
+        self.__dict__["defaults"] = {"phrases": phrases, "mode": mode, "strength": strength}
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
         phrases: Any = None,
-        mode: str = "paper",
-        strength: float = 1.0,
+        mode: str | None = None,
+        strength: float | None = None,
         num_images_per_prompt: int = 1,
         **options: Any,
     ) -> Any:
@@ -44,9 +48,11 @@ class StructuredDiffusionPipeline(GuidedPipeline):
 
         Args:
             prompt: One or several.
-            phrases: As of `structured_embeddings`; for several prompts None, a function, or one list per prompt.
-            mode: As of `structured_embeddings`.
-            strength: As of `structured_embeddings`; 0 draws what the stock pipeline draws.
+            phrases: As of `structured_embeddings`; for several prompts a function, or one list per prompt; None for
+                those of this pipeline.
+            mode: As of `structured_embeddings`; None for that of this pipeline.
+            strength: As of `structured_embeddings`, 0 draws what the stock pipeline draws; None for that of this
+                pipeline.
             num_images_per_prompt: As of the stock pipeline.
             options: Further arguments of the stock pipeline.
 
@@ -70,8 +76,8 @@ class StructuredDiffusionPipeline(GuidedPipeline):
         prompts: str | Sequence[str],
         *,
         phrases: Any = None,
-        mode: str = "paper",
-        strength: float = 1.0,
+        mode: str | None = None,
+        strength: float | None = None,
         num_images_per_prompt: int = 1,
         **options: Any,
     ) -> Iterator[None]:
@@ -93,10 +99,12 @@ class StructuredDiffusionPipeline(GuidedPipeline):
         for name in ("prompt_embeds", "prompt_2"):
             if options.get(name) is not None:
                 raise TypeError(f"StructuredDiffusionPipeline: {name} must be left out, phrases are found in prompt")
+        given = {"phrases": phrases, "mode": mode, "strength": strength}
+        wanted = {name: self.defaults[name] if value is None else value for name, value in given.items()}
         every = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = _one_per_prompt(every, phrases, isinstance(prompts, str))
+        each = _one_per_prompt(every, wanted["phrases"], isinstance(prompts, str))
         texts = [
-            structured_embeddings(self.pipe, prompt, own, mode, strength, **text_options(options))
+            structured_embeddings(self.pipe, prompt, own, wanted["mode"], wanted["strength"], **text_options(options))
             for prompt, own in zip(every, each, strict=True)
         ]
         images = [text for text in texts for _ in range(num_images_per_prompt)]

@@ -8,7 +8,7 @@ import torch
 from tiny_pipelines import make_sd, make_sdxl
 
 from vision_attn.guidance import LatentGuide, segregation_loss, token_groups
-from vision_attn.pipelines import AStarPipeline
+from vision_attn.pipelines import AStarPipeline, StructuredDiffusionPipeline
 
 PROMPTS = ["a red circle and a blue square", "a green star, a black circle and a red triangle"]
 OPTIONS = {"height": 64, "width": 96, "num_inference_steps": 4, "output_type": "latent", "resolution": (16, 24)}
@@ -145,7 +145,15 @@ def test_prompts_that_do_not_fit():
         AStarPipeline(distilled)
 
 
-@pytest.mark.parametrize("scheduler", [diffusers.PNDMScheduler, diffusers.HeunDiscreteScheduler])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.PNDMScheduler,
+        diffusers.HeunDiscreteScheduler,
+        diffusers.DPMSolverSinglestepScheduler,
+        diffusers.SASolverScheduler,
+    ],
+)
 def test_schedulers_that_lose_moves_are_refused(scheduler):
     guided = AStarPipeline(make_sd())
     guided.scheduler = scheduler()
@@ -177,3 +185,78 @@ def test_inference_mode_is_refused():
     guided = AStarPipeline(make_sd())
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"moved outside of torch.inference_mode\(\)"):
         guided(PROMPTS[0], **OPTIONS)
+
+
+def test_a_move_survives_unipc():
+    """Its predictor starts at the very latents that were moved; elsewhere its corrector has changed them."""
+    pipe, seen, starts = make_sd(), [], []
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(disable_corrector=[4])
+    own = pipe.scheduler.disable_corrector
+
+    def callback(stock, index, timestep, tensors):
+        seen.append(tensors["latents"].clone())
+        starts.append(stock.scheduler.last_sample.clone())
+        return {}
+
+    options = {**OPTIONS, "num_inference_steps": 6}
+    AStarPipeline(pipe)(PROMPTS[0], share=0.5, generator=seeds(1), callback_on_step_end=callback, **options)
+    survives = [torch.equal(before, after) for before, after in zip(seen, starts[1:], strict=False)]
+    assert survives == [True, True, False, False, True]  # moved before steps 1 and 2; after step 4 by the user's list
+    assert pipe.scheduler.disable_corrector is own
+    assert own == [4]
+
+
+def test_the_scheduler_and_the_bar_are_restored_after_an_error():
+    pipe = make_sd()
+    pipe.scheduler = diffusers.UniPCMultistepScheduler()
+    own = pipe.scheduler.disable_corrector
+
+    def callback(stock, index, timestep, tensors):
+        assert stock.scheduler.disable_corrector == [0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        AStarPipeline(pipe)(PROMPTS[0], generator=seeds(1), callback_on_step_end=callback, **OPTIONS)
+    assert pipe.scheduler.disable_corrector is own
+    assert own == []
+    assert "progress_bar" not in vars(pipe)
+
+
+def test_the_progress_bar_tells_the_loss(capsys):
+    pipe = make_sd()
+    pipe.set_progress_bar_config(disable=False, mininterval=0, miniters=1)
+    losses = AStarPipeline(pipe)(PROMPTS, generator=seeds(1, 2), **OPTIONS).losses
+    shown = capsys.readouterr().err
+    for step in losses:
+        assert f"loss={sum(step) / 2:.3g}" in shown
+    pipe(PROMPTS[0], **STOCK)
+    assert "loss" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["covering", "conjunction"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_structured_pipeline_is_guided(pipe, mode, guidance_scale):
+    """Without moves it is the structured pipeline; moves are those of a denoiser that reads the structured text."""
+    options = {**OPTIONS, "generator": None, "guidance_scale": guidance_scale}
+    structured = StructuredDiffusionPipeline.from_pipe(pipe, mode=mode, strength=0.5)
+    guided = AStarPipeline.from_pipe(structured)
+    plain = {name: value for name, value in options.items() if name != "resolution"}
+    expected = structured(PROMPTS, **{**plain, "generator": seeds(1, 2)}).images
+    assert torch.equal(guided(PROMPTS, step_size=0, **{**options, "generator": seeds(1, 2)}).images, expected)
+    moved = guided(PROMPTS, **{**options, "generator": seeds(1, 2)})
+    with structured.text_context(PROMPTS, mode=mode, strength=0.5):
+        inside = AStarPipeline(pipe)(PROMPTS, **{**options, "generator": seeds(1, 2)})
+    assert torch.equal(moved.images, inside.images)
+    assert moved.losses == inside.losses
+    first = AStarPipeline(pipe)(PROMPTS, **{**options, "generator": seeds(1, 2)}).losses[0]
+    assert moved.losses[0] != first  # the forward before the first step reads the phrases, too
+    assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+def test_phrases_of_a_structured_pipeline():
+    pipe = make_sd()
+    guided = AStarPipeline(StructuredDiffusionPipeline(pipe, mode="replace"))
+    given = guided(PROMPTS[0], phrases=["blue square"], generator=seeds(1), **OPTIONS).images
+    assert not torch.equal(guided(PROMPTS[0], generator=seeds(1), **OPTIONS).images, given)
+    with pytest.raises(TypeError, match="phrases must be left out around StableDiffusionPipeline: make"):
+        AStarPipeline(pipe)(PROMPTS[0], phrases=["blue square"], **OPTIONS)

@@ -144,3 +144,17 @@ def test_joint_attention_is_refused_with_what_is_possible():
     )
     with pytest.raises(NotImplementedError, match=message):
         StructuredDiffusionPipeline(pipe)
+
+
+def test_what_it_is_made_with_holds_for_calls_that_name_nothing():
+    pipe = make_sd()
+    made = StructuredDiffusionPipeline.from_pipe(pipe, phrases=lambda prompt: ["a blue square"], mode="replace")
+    plain = StructuredDiffusionPipeline(pipe)
+    named = {"phrases": ["a blue square"], "mode": "replace"}
+    expected = plain(PROMPTS[0], generator=seeds(1), **named, **OPTIONS).images
+    assert torch.equal(made(PROMPTS[0], generator=seeds(1), **OPTIONS).images, expected)
+    stock = pipe(PROMPTS[0], generator=seeds(1), **OPTIONS).images
+    assert torch.equal(made(PROMPTS[0], strength=0, generator=seeds(1), **OPTIONS).images, stock)
+    made = StructuredDiffusionPipeline(pipe, strength=0.0)
+    assert torch.equal(made(PROMPTS[0], generator=seeds(1), **OPTIONS).images, stock)
+    assert torch.equal(made(PROMPTS[0], strength=1.0, generator=seeds(1), **named, **OPTIONS).images, expected)

@@ -13,13 +13,15 @@ import torch
 import vision_attn
 
 # Names that need no download: folders of the package's assets.
-EMBEDDED_MODELS = ("shapes-flux",)
+EMBEDDED_MODELS = ("shapes-flux", "shapes-sd")
 # What a model's folder may say about how it wants to be run, beside its stock files.
 DEFAULTS_FILE = "vision_attn.json"
-# What is read of it, each an argument of the pipeline's call.
+# What is read of it, each an argument of the pipeline's call; "guidance" holds those of AStarPipeline, by loss.
 _DEFAULTS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "prompt": ((str,), "text"),
     "true_cfg_scale": ((int, float), "a number"),
+    "guidance_scale": ((int, float), "a number"),
+    "guidance": ((dict,), "an object"),
     **dict.fromkeys(
         ("height", "width", "num_inference_steps", "num_frames", "max_sequence_length"), ((int,), "a whole number")
     ),

@@ -1,4 +1,4 @@
-"""The command `vision-attn`: compare, generate, bench, simulate, tune, operators, backends, verify.
+"""The command `vision-attn`: compare, generate, bench, compose-bench, simulate, tune, operators, backends, verify.
 
 Commands are thin: they read what the user typed, call the library and print. Everything heavy is imported inside them,
 so that `vision-attn --help` is quick.
@@ -46,7 +46,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Option(help="shapes-flux (comes with the package), a pipeline's folder, or a Hub id.")]
+Model = Annotated[
+    str, typer.Option(help="shapes-flux or shapes-sd (come with the package), a pipeline's folder, or a Hub id.")
+]
 Prompt = Annotated[str | None, typer.Option(help="What to draw. Default: the model's own example.")]
 Seed = Annotated[int, typer.Option(help="Seed of the starting latents.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")]
@@ -258,6 +260,65 @@ def bench(
 
 
 @app.command()
+def compose_bench(
+    model: Annotated[str, typer.Option(help="shapes-sd (comes with the package), or a folder of one like it.")] = (
+        "shapes-sd"
+    ),
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD ...",
+            help="plain (always), structured-paper, structured-covering, structured-replace, structured-conjunction, "
+            "a-star, attend-and-excite, structured+a-star. [default: all]",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Captions: hard (new pairs and three objects), new pair, three, two, one.")
+    ] = "hard",
+    captions: Annotated[int, typer.Option(min=1, help="Captions of the split.")] = 150,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures per caption.")] = 2,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    tuning: Annotated[
+        bool, typer.Option("--tuning", help="Captions for choosing settings, none of which the benchmark has.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
+    device: Device = "",
+    dtype: Dtype = "",
+    out: Annotated[Path, typer.Option(help="Folder for compose.png and compose.json.")] = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Draw captions with compositional guidance and without, and let a detector judge: accuracy with intervals."""
+    import torch
+
+    from vision_attn.benchmark.compose_bench import compose_bench as run
+    from vision_attn.benchmark.compose_methods import METHODS
+    from vision_attn.benchmark.compose_sheet import draw_composition_sheet
+    from vision_attn.benchmark.output import Write, to_json, write_all
+    from vision_attn.command_bench import compose_task
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    picture, numbers = out / "compose.png", out / "compose.json"
+    require_writable(out, picture, numbers)
+    drawn, task, about = compose_task(
+        model, methods or METHODS, split, captions, seeds, tuning, read_request(None, 0, None, steps, guidance, None),
+        device, dtype,
+    )  # fmt: skip
+    with progress(task.calls * len(drawn), "call") as on_run:
+        report = run(drawn, task, about=about, on_run=on_run)
+    content = to_json(report.to_dict())
+    writes: dict[Path, Write] = {
+        picture: lambda file: draw_composition_sheet(report).save(file, format="PNG"),
+        numbers: lambda file: file.write(content.encode()),
+    }
+    write_all(writes, on_ready=_appearing.extend)
+    typer.echo(content if as_json else str(report), nl=not as_json)
+    typer.echo(f"\nThe picture: {picture}", err=as_json)
+
+
+@app.command()
 def simulate(
     grid: Annotated[str, typer.Option(metavar="YxX", help="Token grid: X, YxX or TxYxX.")],
     kernel_size: Annotated[
@@ -394,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     _appearing.clear()
-    if arguments is None and typed[:1] in (["bench"], ["compare"]):
+    if arguments is None and typed[:1] in (["bench"], ["compare"], ["compose-bench"]):
         restart_with_passive_threads()
     try:
         code = app(spread(typed or ["--help"]), prog_name="vision-attn", standalone_mode=False) or 0

@@ -1,4 +1,4 @@
-"""What `vision-attn bench` runs: the suites, checked before any work.
+"""What `vision-attn bench` and `compose-bench` run, checked before any work.
 
 Heavy imports stand inside the functions, as in `cli`.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vision_attn.command_input import parse_size
+from vision_attn.command_input import load, parse_size
+
+if TYPE_CHECKING:
+    from vision_attn.benchmark.compose_bench import Method, Task
+    from vision_attn.benchmark.generation import Request
 
 GRID = "64x64"
 HEADS, HEAD_DIM = 8, 64
@@ -62,3 +66,53 @@ def backbone_suite(ops: Sequence[str] | None, given: Sequence[str], options: Map
             "stock attention is the rival"
         )
     return functools.partial(backbone_report, [va.parse(text) for text in ops] if ops else OPERATORS, **options)
+
+
+def compose_task(
+    model: str,
+    methods: Sequence[str],
+    split: str,
+    captions: int,
+    seeds: int,
+    tuning: bool,
+    request: Request,
+    device: str,
+    dtype: str,
+) -> tuple[dict[str, Method], Task, dict[str, Any]]:
+    """The methods, what they draw, and what the report says about them.
+
+    Args:
+        model: With captions of the shapes data.
+        methods: Names.
+        split: Of the captions.
+        captions: Number of them.
+        seeds: Pictures per caption.
+        tuning: Whether to take the captions for choosing settings.
+        request: Steps and guidance scale, as far as the user gave them.
+        device: Where it runs.
+        dtype: Of the model.
+
+    Raises:
+        ValueError: an unknown method or split, too many captions.
+        NotImplementedError: a model that is no Stable Diffusion pipeline.
+    """
+    from vision_attn.benchmark.compose_bench import Task
+    from vision_attn.benchmark.compose_methods import build_methods, require_methods
+    from vision_attn.guidance.structured import require_unet
+    from vision_attn.pipelines.loading import run_defaults
+    from vision_attn.shapes.splits import split_captions
+
+    require_methods(methods)
+    texts = split_captions(split, captions, tuning=tuning)
+    pipe, request = load(model, request, device, dtype)
+    require_unet("compose-bench", pipe)
+    options = request.arguments(pipe)
+    del options["prompt"]
+    settings = run_defaults(model).get("guidance", {})
+    about = {
+        "model": model,
+        "split": f"{split}, for tuning" if tuning else split,
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    return build_methods(pipe, methods, settings), Task(tuple(texts), seeds, options), about

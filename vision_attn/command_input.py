@@ -33,7 +33,7 @@ def spread(arguments: list[str]) -> list[str]:
         if argument.startswith("-"):
             if waiting:
                 break
-            waiting = argument in ("--ops", "--layers", "--kernels", "--head-dims", "--dtypes")
+            waiting = argument in ("--ops", "--layers", "--kernels", "--head-dims", "--dtypes", "--methods")
             option = argument if waiting else ""
             spread += [] if waiting else [argument]
         else:

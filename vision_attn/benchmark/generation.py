@@ -43,7 +43,7 @@ class Request:
             "height_px": "height",
             "width_px": "width",
             "steps": "num_inference_steps",
-            "guidance": "true_cfg_scale",
+            "guidance": "true_cfg_scale" if "true_cfg_scale" in defaults else "guidance_scale",
             "frames": "num_frames",
             "max_sequence_length": "max_sequence_length",
         }

@@ -150,7 +150,7 @@ def default_sd_settings() -> dict[str, Any]:
         "prompt": "a red circle and a blue square",
         "height": PIXELS,
         "width": PIXELS,
-        "num_inference_steps": 25,
+        "num_inference_steps": 20,
         "guidance_scale": 4.0,
-        "guidance": {},
+        "guidance": {name: {"resolution": [16, 16]} for name in ("a-star", "attend-and-excite")},
     }

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,6 +112,30 @@ def test_gradient_checkpointing_takes_maps_once(stop):
     model.enable_gradient_checkpointing()
     model.train()
     torch.testing.assert_close(gradient(model, stop), expected)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place", "by blocks"])
+def test_compiled_models_are_captured_eagerly(way):
+    small = {
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"), "mid_block_type": None,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    model = unet(**small)
+    expected, backend = gradient(model, True), CompileCounter()
+    if way == "by blocks":
+        model.compile_repeated_blocks(backend=backend)
+    elif way == "in place":
+        model.compile(backend=backend)
+    compiled = torch.compile(model, backend=backend) if way == "wrapped" else model
+    with torch.no_grad():
+        stock = compiled(**inputs()).sample
+    graphs = backend.frame_count
+    assert graphs > 0
+    assert torch.equal(gradient(compiled, True), expected)
+    assert backend.frame_count == graphs
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs()).sample, stock)
+    assert backend.frame_count == graphs
 
 
 def test_a_stopped_forward_of_the_real_size_saves_what_it_should():

@@ -29,7 +29,8 @@ class AttentionCapture:
     the maps are of its text tokens alone, so that a pixel's attention to all of them is 1. Text of SD3 is that of CLIP,
     77 tokens, and then that of T5.
 
-    With gradient checkpointing the gradient is to be taken inside of the block, too.
+    With gradient checkpointing the gradient is to be taken inside of the block, too. Compiled code, which may not know
+    of hooks, rests inside of the block: everything runs eagerly there.
 
     Args:
         model: A UNet of SD 1, SD 2 or SDXL, or a transformer of SD3 or FLUX.
@@ -74,6 +75,7 @@ class AttentionCapture:
         text: Sequence[Sequence[int]] | None = None,
         stop: bool = False,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile, which would be the first part of every name
         self.model, self.resolution, self.tokens, self.text, self.stop = model, resolution, tokens, text, stop
         self.names: list[str] = []
         self._chosen = layers is not None
@@ -86,6 +88,7 @@ class AttentionCapture:
 
     def __enter__(self) -> AttentionCapture:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             stack.enter_context(self._attention.watched(self._wants, self._take))
             if self.stop:

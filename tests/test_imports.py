@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels"},
     {"backends"},
     {"operators"},
-    {"patching"},
+    {"patching", "drawing"},
     {"guidance", "pipelines", "training", "backbones", "shapes", "parallel", "simulator", "planner"},
     {"benchmark"},
     {"app", "cli", "command_bench", "command_input", "command_process"},

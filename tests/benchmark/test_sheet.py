@@ -6,9 +6,9 @@ import pytest
 
 from vision_attn.benchmark.compare import Comparison, Row
 from vision_attn.benchmark.generation import Request
-from vision_attn.benchmark.palette import ATTENTION, PAGE, REST, heat
 from vision_attn.benchmark.sheet import draw_sheet
 from vision_attn.benchmark.summary import comparison_table, decibels, flops, mebibytes
+from vision_attn.drawing.palette import ATTENTION, PAGE, REST, heat
 
 
 def row(operator, **changes):

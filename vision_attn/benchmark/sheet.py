@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from vision_attn.benchmark.compare import Comparison, Row
-from vision_attn.benchmark.drawing import draw_text, fitted_text, text_width
-from vision_attn.benchmark.palette import ATTENTION, CARD, EDGE, GOOD, INK, MUTED, PAGE, REST, Colour, heat
 from vision_attn.benchmark.summary import decibels, flops, mebibytes
+from vision_attn.drawing.palette import ATTENTION, CARD, EDGE, GOOD, INK, MUTED, PAGE, REST, Colour, heat
+from vision_attn.drawing.text import draw_text, fitted_text, text_width
 
 # All in pixels of the sheet.
 _MARGIN = 44

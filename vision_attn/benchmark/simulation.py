@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from vision_attn.benchmark.drawing import draw_text
-from vision_attn.benchmark.palette import ATTENTION, CARD, EDGE, GOOD, INK, MUTED, PAGE, Colour
+from vision_attn.drawing.palette import ATTENTION, CARD, EDGE, GOOD, INK, MUTED, PAGE, Colour
+from vision_attn.drawing.text import draw_text
 from vision_attn.kernels.launch import tile_shape
 from vision_attn.kernels.reach import Box
 from vision_attn.simulator import simulate_reach

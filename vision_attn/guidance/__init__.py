@@ -12,6 +12,7 @@ from vision_attn.guidance.losses import (
     symmetric_kl_loss,
 )
 from vision_attn.guidance.maps import binarize, concept_maps, smoothed
+from vision_attn.guidance.overlays import concept_overlays, concept_sheet
 from vision_attn.guidance.phrases import Phrase, concept_phrases, constituents_of, noun_chunks_of, noun_phrases
 from vision_attn.guidance.structured import StructuredEmbeds, structured_embeddings
 from vision_attn.guidance.tokens import align, token_groups, word_positions
@@ -25,7 +26,9 @@ __all__ = [
     "attend_and_excite_loss",
     "binarize",
     "concept_maps",
+    "concept_overlays",
     "concept_phrases",
+    "concept_sheet",
     "constituents_of",
     "jensen_shannon_loss",
     "noun_chunks_of",

@@ -1,4 +1,4 @@
-"""Colours of the picture sheet and the colour map of its difference pictures."""
+"""Colours of pictures, and the colour map of what has a scale."""
 
 from __future__ import annotations
 

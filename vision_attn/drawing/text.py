@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import ImageDraw, ImageFont
 
-from vision_attn.benchmark.palette import Colour
+from vision_attn.drawing.palette import Colour
 
 
 def draw_text(

@@ -1,0 +1,1 @@
+"""What pictures share: the house's colours and text."""

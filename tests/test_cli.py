@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import vision_attn as va
-from vision_attn.benchmark import attention_bench, backbone_bench, summary
+from vision_attn.benchmark import attention_bench, backbone_bench, guidance_bench, summary
 from vision_attn.operators.registry import unregister_operator
 
 SMALL = ["--size", "36x48", "--steps", "1"]
@@ -233,6 +233,23 @@ def test_bench_of_backbones(run, monkeypatch):
         ([va.Agent(4), va.Halo(4, 1)], 2, torch.float32),
         (backbone_bench.OPERATORS, 7, torch.float32),
     ]
+
+
+def test_bench_of_guidance(run, monkeypatch):
+    asked = []
+
+    def report(**options):
+        asked.append((options["repeats"], options["dtype"]))
+        return guidance_bench.GuidanceReport({"model": "tiny"}, ())
+
+    monkeypatch.setattr(guidance_bench, "guidance_report", report)
+    code, out, _ = run("bench", "--suite", "guidance", "--repeats", 2)
+    assert (code, "model tiny" in out) == (0, True)
+    assert json.loads(run("bench", "--suite", "guidance", "--json")[1]) == {
+        "environment": {"model": "tiny"},
+        "rows": [],
+    }
+    assert asked == [(2, torch.float32), (7, torch.float32)]
 
 
 OPERATOR = """

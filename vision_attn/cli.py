@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vision_attn.command_bench import GRID, HEAD_DIM, HEADS, attention_suite, backbone_suite
+from vision_attn.command_bench import GRID, HEAD_DIM, HEADS, attention_suite, backbone_suite, guidance_suite
 from vision_attn.command_input import (
     DTYPES,
     import_modules,
@@ -201,7 +201,11 @@ def verify(model: Model = "shapes-flux", device: Device = "", dtype: Dtype = "",
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Option(help="attention: one call. backbones: a ViT-S at 224, 448 and 896 px.")
+        str,
+        typer.Option(
+            help="attention: one call. backbones: a ViT-S at 224, 448 and 896 px. guidance: the gradient of attention "
+            "maps of a UNet like SD 1.5's at 512 px, 4 GB."
+        ),
     ] = "attention",
     ops: Annotated[
         list[str] | None,
@@ -246,14 +250,17 @@ def bench(
         torch.set_num_threads(threads)
     place = read_device(device)
     options = {"repeats": repeats, "warmup": warmup, "device": place, "dtype": read_dtype(dtype, place)}
+    given = {"--grid": grid is not None, "--heads": heads != HEADS, "--head-dim": head_dim != HEAD_DIM}
+    given |= {"--no-flex": not flex, "--backend": backend != "auto"}
+    own = [name for name, is_given in given.items() if is_given]
     if suite == "backbones":
-        given = {"--grid": grid is not None, "--heads": heads != HEADS, "--head-dim": head_dim != HEAD_DIM}
-        given |= {"--no-flex": not flex, "--backend": backend != "auto"}
-        run = backbone_suite(ops, [name for name, is_given in given.items() if is_given], options)
+        run = backbone_suite(ops, own, options)
+    elif suite == "guidance":
+        run = guidance_suite(["--ops"] * bool(ops) + own, options)
     elif suite == "attention":
         run = attention_suite(ops, grid, heads, head_dim, {**options, "flex": flex, "backend": read_backend(backend)})
     else:
-        raise ValueError(f"--suite must be attention or backbones, got {suite!r}")
+        raise ValueError(f"--suite must be attention, backbones or guidance, got {suite!r}")
     with progress(None, "run") as on_run:
         report = run(on_run=on_run)
     typer.echo(to_json(report.to_dict()) if as_json else str(report), nl=not as_json)

@@ -68,6 +68,23 @@ def backbone_suite(ops: Sequence[str] | None, given: Sequence[str], options: Map
     return functools.partial(backbone_report, [va.parse(text) for text in ops] if ops else OPERATORS, **options)
 
 
+def guidance_suite(given: Sequence[str], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The gradient by which guidance moves latents, with and without what makes it cheap.
+
+    Args:
+        given: Options that the user set and that have no meaning here.
+        options: Of `guidance_report`.
+
+    Raises:
+        ValueError: there are any such.
+    """
+    from vision_attn.benchmark.guidance_bench import guidance_report
+
+    if given:
+        raise ValueError(f"{given[0]} must be left out with --suite guidance: the model has its own attention")
+    return functools.partial(guidance_report, **options)
+
+
 def compose_task(
     model: str,
     methods: Sequence[str],

@@ -7,22 +7,21 @@ user's decision.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from vision_attn.guidance.latents import LatentGuide, MapLoss, step_sizes
+from vision_attn.guidance.latents import MapLoss
 from vision_attn.pipelines.denoisers import denoiser_class
 from vision_attn.pipelines.guided import GuidedPipeline
+from vision_attn.pipelines.moves import Moves, Settings, one_per_prompt
 from vision_attn.pipelines.structured import StructuredDiffusionPipeline
 
 _REFUSED = (
     "prompt_embeds", "prompt_2", "prompt_3", "timesteps", "sigmas", "denoising_end", "ip_adapter_image",
     "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
 )  # fmt: skip
-_FORGETFUL = ("PNDMScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler")
 
 
 class AStarPipeline(GuidedPipeline):
@@ -73,10 +72,13 @@ class AStarPipeline(GuidedPipeline):
         loss: str | MapLoss = "a-star",
         step_size: float = 20.0,
         share: float = 0.5,
+        refine: Mapping[int, float] | None = None,
+        iterations: int = 20,
         threshold: float = 0.5,
         mode: str = "relative",
         layers: str | Sequence[str] | None = None,
         resolution: tuple[int, int] | None = None,
+        return_maps: bool = False,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -99,10 +101,15 @@ class AStarPipeline(GuidedPipeline):
             step_size: Factor on the gradient in the first step, see `step_sizes`; 0 draws what the stock pipeline
                 draws.
             share: Share of the steps before which latents move; 1 is the paper's.
+            refine: Steps and a loss each: before such a step an image whose loss is above moves again and again.
+                Attend-and-Excite's, for its loss and 50 steps, is `{0: 0.95, 10: 0.5, 20: 0.2}`; A-STAR has none.
+            iterations: Of these further moves, at most.
             threshold: Of the masks, see `binarize`.
             mode: Of the masks, see `binarize`.
             layers: Whose maps count, see `AttentionCapture`.
             resolution: Of the maps; None for a quarter of the latents', or for the tokens of a transformer.
+            return_maps: Whether to keep the maps of the last step, before which the model is run once more if latents
+                do not move there.
             height: Pixels.
             width: Pixels.
             num_inference_steps: Denoising steps; None for as many as the stock pipeline takes.
@@ -114,8 +121,9 @@ class AStarPipeline(GuidedPipeline):
             options: Further arguments of the stock pipeline.
 
         Returns:
-            The stock pipeline's output; its attribute `losses` lists, per step, the loss of each image. The progress
-            bar tells their mean.
+            The stock pipeline's output; its attribute `losses` lists, per step, the loss of each image, and with
+            `return_maps` its attribute `maps` holds for each image the concepts and their maps `[Y, X]` in the last
+            step, as `concept_sheet(output.images[0], output.maps[0])` draws them. The progress bar tells the mean loss.
 
         Raises:
             TypeError: phrases without a structured pipeline, text that is given as embeddings or as a second prompt,
@@ -127,43 +135,28 @@ class AStarPipeline(GuidedPipeline):
         for name in _REFUSED:
             if options.get(name) is not None:
                 raise TypeError(f"AStarPipeline: {name} must be left out")
-        _check_scheduler(self.pipe.scheduler)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        named = _one_per_prompt(prompts, concepts, isinstance(prompt, str))
+        prompts, each = one_per_prompt("AStarPipeline", prompt, concepts)
         denoiser = denoiser_class("AStarPipeline", self.pipe)(
             self.pipe, prompts, images=num_images_per_prompt, height=height, width=width, steps=num_inference_steps,
             options=options,
         )  # fmt: skip
-        groups = [
-            denoiser.groups("AStarPipeline", text, own)
-            for text, own in zip(prompts, named, strict=True)
-            for _ in range(num_images_per_prompt)
-        ]
-        guide = LatentGuide(
-            denoiser.module, groups, text=denoiser.words(), loss=loss, threshold=threshold, mode=mode, layers=layers,
-            resolution=resolution,
+        settings = Settings(
+            loss=loss, step_size=step_size, share=share, refine=refine or {}, iterations=iterations,
+            threshold=threshold, mode=mode, layers=layers, resolution=resolution, return_maps=return_maps,
         )  # fmt: skip
-        steps = len(denoiser.timesteps)
-        sizes = step_sizes(steps, step_size, share)
-        moved = [index for index, size in enumerate(sizes) if size]
-
-        def move(moving: Tensor, index: int) -> Tensor:
-            return guide.move(moving, sizes[index], partial(denoiser.forward, index=index)) if sizes[index] else moving
+        moves = Moves("AStarPipeline", denoiser, each, settings, uncorrected=True)
 
         def after_step(stock: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if index + 1 < steps:
-                tensors["latents"] = move(tensors["latents"], index + 1)
-                show()
+            tensors["latents"] = moves.before(index + 1, tensors["latents"])
+            show()
             if callback_on_step_end is None:
                 return tensors
             return {**tensors, **callback_on_step_end(stock, index, timestep, tensors)}
 
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        latents = (denoiser.noise(generator) if latents is None else latents).to(denoiser.device)
-        scale = denoiser.noise_scale
-        noisy = latents * scale
+        noise = denoiser.noise(generator) if latents is None else latents
         text = self._text(prompt, num_images_per_prompt=num_images_per_prompt, phrases=phrases, **options)
-        with text, _uncorrected(self.pipe.scheduler, moved), _shown(self.pipe, guide.losses) as show:
+        with text, _uncorrected(self.pipe.scheduler, moves.moved), _shown(self.pipe, moves.losses) as show:
             output = self.pipe(
                 prompt,
                 height=denoiser.height,
@@ -171,14 +164,15 @@ class AStarPipeline(GuidedPipeline):
                 num_inference_steps=denoiser.steps,
                 num_images_per_prompt=num_images_per_prompt,
                 generator=generator,
-                # The pipeline multiplies by the scale: zero moves change no bit.
-                latents=latents + (move(noisy, 0) - noisy) / scale,
+                latents=moves.begin(noise.to(denoiser.device)),
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *wanted])),
                 **options,
             )
         if not isinstance(output, tuple):
-            output.losses = guide.losses
+            output.losses = moves.losses
+            if return_maps:
+                output.maps = moves.maps
         return output
 
     def _text(self, prompt: str | Sequence[str], *, phrases: Any, **options: Any) -> Any:
@@ -230,21 +224,3 @@ def _shown(pipe: Any, losses: Sequence[Sequence[float]]) -> Iterator[Callable[[]
             del pipe.progress_bar
         else:
             pipe.progress_bar = own
-
-
-def _one_per_prompt(prompts: Sequence[str], concepts: Any, single: bool) -> list[Any]:
-    if concepts is None or single:
-        return [concepts] * len(prompts)
-    if isinstance(concepts, str) or len(concepts) != len(prompts):
-        raise ValueError(f"AStarPipeline: concepts must be one list per prompt, {len(prompts)}, got {concepts!r}")
-    return list(concepts)
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    """Refuse schedulers whose second evaluations go back to a sample that they kept: moves would be lost."""
-    name = type(scheduler).__name__
-    if name in _FORGETFUL or getattr(scheduler, "order", 1) > 1:
-        raise NotImplementedError(
-            f"AStarPipeline: scheduler must go on from the latents it is given, got {name}, which goes back to its "
-            "own: use pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or Euler or DPM++ 2M"
-        )

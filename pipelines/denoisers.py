@@ -160,13 +160,16 @@ class Denoiser:
             for _ in range(self.images)
         ]
 
-    def groups(self, where: str, prompt: str, concepts: Any) -> list[list[int]]:
+    def concepts(self, where: str, prompt: str, given: Any) -> dict[str, list[int]]:
         """Positions of each concept's tokens in the model's text: of those that each encoder reads.
 
         Args:
             where: Who asks, for messages.
             prompt: One of the texts.
-            concepts: Texts, offsets or `Phrase`s of it, or lists of positions; None for its noun phrases.
+            given: Texts, offsets or `Phrase`s of it, or lists of positions; None for its noun phrases.
+
+        Returns:
+            By the concept's text, of which a second one is `"circle (2)"`; `"tokens 2, 3"` for given positions.
 
         Raises:
             ValueError: concepts that the prompt does not have, or a prompt without any.
@@ -175,13 +178,13 @@ class Denoiser:
         texts = self.texts()
         for text in texts:
             require_plain_prompt(where, self.pipe, prompt, text.tokenizer)
-        positions = isinstance(concepts, (list, tuple)) and all(isinstance(each, (list, range)) for each in concepts)
-        if concepts and positions:
-            return [list(each) for each in concepts]
+        positions = isinstance(given, (list, tuple)) and all(isinstance(each, (list, range)) for each in given)
+        if given and positions:
+            return _named([f"tokens {', '.join(map(str, each))}" for each in given], [list(each) for each in given])
         ends = [read_until(text.tokenizer, prompt, text.length) for text in texts]
         widest = texts[ends.index(max(ends))]
-        phrases = concept_phrases(prompt) if concepts is None else find_phrases(prompt, concepts)
-        if concepts is None:
+        phrases = concept_phrases(prompt) if given is None else find_phrases(prompt, given)
+        if given is None:
             phrases = readable(widest.tokenizer, prompt, phrases, widest.length)
         groups: list[list[int]] = [[] for _ in phrases]
         for text, end in zip(texts, ends, strict=True):
@@ -190,9 +193,13 @@ class Denoiser:
                     (places,) = token_groups(text.tokenizer, prompt, [phrase], length=text.length)
                     group += [text.first + place for place in places]
         if not groups:
-            given = "in which no noun phrase was found" if concepts is None else f"got {concepts!r}"
-            raise ValueError(f"{where}: concepts must be named for {prompt!r}, {given}")
-        return groups
+            got = "in which no noun phrase was found" if given is None else f"got {given!r}"
+            raise ValueError(f"{where}: concepts must be named for {prompt!r}, {got}")
+        return _named([phrase.text for phrase in phrases], groups)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what a running pipeline made of its prompts, as its callbacks see it."""
+        raise NotImplementedError
 
     def _default_size(self) -> tuple[int, int]:
         """Rows and columns in pixels."""
@@ -205,7 +212,7 @@ class Denoiser:
 class UNetDenoiser(Denoiser):
     """SD 1, SD 2 and SDXL."""
 
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    pipelines: tuple[str, ...] = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
     model_name = "unet"
 
@@ -227,7 +234,8 @@ class UNetDenoiser(Denoiser):
 
     def texts(self) -> list[Text]:
         """CLIP's; both encoders of SDXL have the same tokens."""
-        return [Text(self.pipe.tokenizer)]
+        tokenizer = self.pipe.tokenizer
+        return [Text(self.pipe.tokenizer_2 if tokenizer is None else tokenizer)]  # SDXL's refiner has the second alone
 
     def words(self) -> list[list[int]] | None:
         """All but BOS and the last compete, as Attend-and-Excite has it."""
@@ -269,6 +277,19 @@ class UNetDenoiser(Denoiser):
         )
         time_ids = time_ids.to(pooled.device).repeat(pooled.shape[0], 1)
         return condition | {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """The last rows: those before them are without the prompts."""
+        text, *added = (
+            tensors[name][-self.samples :]
+            for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
+            if name in tensors
+        )
+        condition: dict[str, Any] = {"encoder_hidden_states": text}
+        condition["cross_attention_kwargs"] = self.pipe.cross_attention_kwargs
+        if added:
+            condition["added_cond_kwargs"] = dict(zip(("text_embeds", "time_ids"), added, strict=True))
+        self.condition = condition
 
     def _default_size(self) -> tuple[int, int]:
         size, factor = self.pipe.unet.config.sample_size, self.pipe.vae_scale_factor
@@ -406,26 +427,47 @@ class FluxDenoiser(_FlowDenoiser):
             scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=shift)
 
 
+def require_latents_alone(where: str, pipe: Any) -> None:
+    """Refuse UNets that see a mask and an image besides, as those made for inpainting do.
+
+    Raises:
+        NotImplementedError: such a UNet.
+    """
+    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latents:
+        raise NotImplementedError(
+            f"{where}: pipe must have a UNet of latents alone, {latents} channels, got {channels}: the others are not "
+            "known here"
+        )
+
+
+def _named(texts: Sequence[str], groups: Sequence[list[int]]) -> dict[str, list[int]]:
+    counts = [texts[:number].count(text) for number, text in enumerate(texts)]
+    names = [f"{text} ({count + 1})" if count else text for text, count in zip(texts, counts, strict=True)]
+    return dict(zip(names, groups, strict=True))
+
+
 _CLASSES: tuple[type[Denoiser], ...] = (UNetDenoiser, SD3Denoiser, FluxDenoiser)
 
 
-def denoiser_class(where: str, pipe: Any) -> type[Denoiser]:
+def denoiser_class(where: str, pipe: Any, classes: Sequence[type[Denoiser]] = _CLASSES) -> type[Denoiser]:
     """The class that serves a stock pipeline.
 
     Args:
         where: Who asks, for messages.
         pipe: The pipeline.
+        classes: Those that may; by default all for text-to-image.
 
     Raises:
         NotImplementedError: another pipeline, one of a model distilled to a few steps, or one with a cache of steps.
     """
     names = [cls.__name__ for cls in type(pipe).__mro__]
-    found = next((cls for cls in _CLASSES if any(name in cls.pipelines for name in names)), None)
+    found = next((cls for cls in classes if any(name in cls.pipelines for name in names)), None)
     if found is None:
-        served = ", ".join(name for cls in _CLASSES for name in cls.pipelines)
+        served = ", ".join(name for cls in classes for name in cls.pipelines)
         raise NotImplementedError(
-            f"{where}: pipe must be a text-to-image pipeline, one of {served}, got {type(pipe).__name__}: other "
-            "denoisers see more than the latents and the text, or are called in another way"
+            f"{where}: pipe must be one of {served}, got {type(pipe).__name__}: other denoisers see more than the "
+            "latents and the text, or are called in another way"
         )
     found.check(where, pipe)
     return found

@@ -7,7 +7,14 @@ import pytest
 import torch
 from tiny_pipelines import make_sd, make_sdxl
 
-from vision_attn.guidance import LatentGuide, segregation_loss, token_groups
+from vision_attn.guidance import (
+    AttentionCapture,
+    LatentGuide,
+    concept_maps,
+    concept_sheet,
+    segregation_loss,
+    token_groups,
+)
 from vision_attn.pipelines import AStarPipeline, StructuredDiffusionPipeline
 
 PROMPTS = ["a red circle and a blue square", "a green star, a black circle and a red triangle"]
@@ -71,6 +78,92 @@ def test_a_batch_is_its_prompts(pipe, loss):
         assert [step[0] for step in alone.losses] == pytest.approx([step[number] for step in batch.losses], abs=1e-4)
 
 
+def test_refinement_moves_each_sample_until_its_loss_is_below_the_target():
+    """By single moves of the same size, sample by sample."""
+    pipe = make_sd()
+    groups = [token_groups(pipe.tokenizer, PROMPTS[0], ["red circle", "blue square"])]
+    text = torch.randn(2, 24, 16)
+    latents = torch.randn(2, 4, 32, 48, generator=seeds(1)[0])
+
+    def guide(count):
+        return LatentGuide(
+            pipe.unet, groups * count, loss=lambda maps, masks: segregation_loss(maps), resolution=(16, 24)
+        )
+
+    def forward(rows, z):
+        return pipe.unet(z, 500, text[rows])
+
+    paths = []
+    for sample in range(2):
+        rows, alone = slice(sample, sample + 1), guide(1)
+        path = [latents[rows]]
+        for _ in range(7):
+            path.append(alone.move(path[-1], 300.0, partial(forward, rows)))
+        paths.append((path, [losses[0] for losses in alone.losses]))
+    target = (paths[0][1][2] + paths[0][1][3]) / 2  # the first sample is below it after three moves
+    counts = [next((k for k, loss in enumerate(losses[:6]) if loss <= target), 5) for _, losses in paths]
+    assert counts[0] == 3
+    assert counts[1] != 3
+    both = guide(2)
+    moved = both.move(latents, 300.0, partial(forward, slice(None)), target=target, iterations=5)
+    for sample, ((path, losses), count) in enumerate(zip(paths, counts, strict=True)):
+        torch.testing.assert_close(moved[sample], path[count + 1][0], atol=1e-4, rtol=1e-4)
+        assert both.losses == [
+            [pytest.approx(losses[count], abs=1e-5) if k == sample else value for k, value in enumerate(both.losses[0])]
+        ]
+
+
+def test_refined_steps_have_further_moves():
+    seen = []
+
+    def loss(maps, masks):
+        seen.append(masks is None)
+        return segregation_loss(maps)
+
+    guided = AStarPipeline(make_sd())
+    refined = guided(PROMPTS[0], loss=loss, refine={1: -1}, iterations=3, generator=seeds(1), **OPTIONS)
+    assert seen == [True, False, False, False, False]  # a step, and one with three moves that go before its own
+    assert len(refined.losses) == 2
+    once = guided(PROMPTS[0], loss=loss, refine={1: 10.0}, generator=seeds(1), **OPTIONS).images
+    assert torch.equal(once, guided(PROMPTS[0], loss=loss, generator=seeds(1), **OPTIONS).images)
+    assert not torch.equal(once, refined.images)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_maps_of_the_last_step(share):
+    """From the call of the UNet itself: its last one, of both halves of guidance, sees the latents of the last step."""
+    pipe = make_sd()
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda unet, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    prompt = ["a circle and a circle", PROMPTS[0]]
+    options = {**OPTIONS, "share": share, "concepts": [["circle", (15, 21)], [[2, 3], range(6, 8)]]}
+    output = AStarPipeline(pipe)(prompt, return_maps=True, generator=seeds(1, 2), **options)
+    assert [list(maps) for maps in output.maps] == [["circle", "circle (2)"], ["tokens 2, 3", "tokens 6, 7"]]
+    handle.remove()
+    last = next(call for call in reversed(calls) if call[0][0].shape[0] == (4 if share == 0.5 else 2))
+    with torch.no_grad(), AttentionCapture(pipe.unet, resolution=(16, 24)) as capture:
+        pipe.unet(*last[0], **last[1])
+    expected = concept_maps(capture.probabilities[-2:], [[2], [5], [2, 3], [6, 7]])
+    for number, maps in enumerate(output.maps):
+        torch.testing.assert_close(torch.stack(list(maps.values())), expected[number, 2 * number : 2 * number + 2])
+    if share == 0.5:
+        plain = AStarPipeline(pipe)(prompt, generator=seeds(1, 2), **options)
+        assert torch.equal(plain.images, output.images)
+        assert not hasattr(plain, "maps")
+
+
+def test_maps_of_a_run_without_moves():
+    pipe = make_sd()
+    pipe.scheduler.register_to_config(steps_offset=1)
+    options = {**OPTIONS, "output_type": "pil"}
+    output = AStarPipeline(pipe)(PROMPTS[0], step_size=0, return_maps=True, generator=seeds(1), **options)
+    sheet = concept_sheet(output.images[0], output.maps[0])
+    assert sheet.width > 3 * 256
+    assert list(output.maps[0]) == ["red circle", "blue square"]
+
+
 def test_retention_joins_in_the_second_step():
     seen = []
 
@@ -113,6 +206,12 @@ def test_concepts_that_a_user_names():
         ({"concepts": []}, ValueError, r"concepts must be named for 'a red circle and a blue square'"),
         ({"loss": "iou"}, ValueError, "loss must be one of a-star, attend-and-excite or a function, got 'iou'"),
         ({"loss": 3}, TypeError, "loss must be a name or a function of maps and masks, got 3"),
+        (
+            {"refine": {2: 0.5}},
+            ValueError,
+            r"refine must name steps before which latents move, \[0, 1\] here, got \[2\]",
+        ),
+        ({"iterations": -1}, ValueError, "iterations must be at least 0, got -1"),
         ({"mode": "median"}, ValueError, "binarize: mode must be one of"),
         ({"share": 2}, ValueError, "share must be from 0 to 1, got 2"),
         ({"step_size": -1}, ValueError, "step_size must be at least 0, got -1"),
@@ -137,7 +236,7 @@ def test_prompts_that_do_not_fit():
         guided("of and the", **OPTIONS)
     with pytest.raises(ValueError, match=r"concepts must be one list per prompt, 2, got \['a'\]"):
         guided(PROMPTS, concepts=["a"], **OPTIONS)
-    with pytest.raises(NotImplementedError, match=r"AStarPipeline: pipe must be a text-to-image .*, got DDPMScheduler"):
+    with pytest.raises(NotImplementedError, match=r"AStarPipeline: pipe must be one of .*, got DDPMScheduler"):
         AStarPipeline(diffusers.DDPMScheduler())
     distilled = make_sd()
     distilled.unet.register_to_config(time_cond_proj_dim=8)
@@ -165,7 +264,7 @@ def test_pipelines_with_more_than_text_are_refused():
     class StableDiffusionControlNetPipeline:
         components = make_sd().components
 
-    message = "a text-to-image pipeline, .*, got StableDiffusionControlNetPipeline"
+    message = "pipe must be one of .*, got StableDiffusionControlNetPipeline"
     with pytest.raises(NotImplementedError, match=message):
         AStarPipeline(StableDiffusionControlNetPipeline())
 

@@ -105,7 +105,7 @@ def test_moves_lower_the_loss(make):
     pipe = make()
     kind = SD3Denoiser if make is make_sd3 else FluxDenoiser
     denoiser = kind(pipe, PROMPTS[:1], images=2, height=16, width=24, steps=4, options=OPTIONS)
-    groups = [denoiser.groups("test", PROMPTS[0], ["red circle", "blue square"])] * 2
+    groups = [list(denoiser.concepts("test", PROMPTS[0], ["red circle", "blue square"]).values())] * 2
     guide = LatentGuide(denoiser.module, groups, text=denoiser.words(), loss=lambda maps, masks: segregation_loss(maps))
     latents = denoiser.noise(seeds(1, 2))
     for _ in range(6):
@@ -121,19 +121,19 @@ def test_positions_in_the_text_of_both_encoders():
     pipe = make_sd3()
     options = {**OPTIONS, "max_sequence_length": 6}  # five words are left
     denoiser = SD3Denoiser(pipe, [PROMPTS[0]], height=16, width=24, steps=4, options=options)
-    assert denoiser.groups("test", PROMPTS[0], None) == [[2, 3, 25, 26], [6, 7]]
+    assert denoiser.concepts("test", PROMPTS[0], None) == {"red circle": [2, 3, 25, 26], "blue square": [6, 7]}
     assert denoiser.words() == [[1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28]]
     assert denoiser.condition["encoder_hidden_states"].shape == (1, 24 + 6, 32)
     pipe.text_encoder_3 = None
-    assert denoiser.groups("test", PROMPTS[0], None) == [[2, 3], [6, 7]]
+    assert denoiser.concepts("test", PROMPTS[0], None) == {"red circle": [2, 3], "blue square": [6, 7]}
     flux = FluxDenoiser(make_flux(), [PROMPTS[0]], height=16, width=24, steps=4, options=OPTIONS)
-    assert flux.groups("test", PROMPTS[0], ["a red", (19, 30)]) == [[0, 1], [5, 6]]
+    assert flux.concepts("test", PROMPTS[0], ["a red", (19, 30)]) == {"a red": [0, 1], "blue square": [5, 6]}
     assert flux.words() == [[0, 1, 2, 3, 4, 5, 6]]
     flux = FluxDenoiser(make_flux(), [PROMPTS[0]], height=16, width=24, steps=4, options=options)
     with pytest.warns(UserWarning, match=r"beyond the 5 tokens that the encoder reads are left out: \['blue square'\]"):
-        assert flux.groups("test", PROMPTS[0], None) == [[1, 2]]
+        assert flux.concepts("test", PROMPTS[0], None) == {"red circle": [1, 2]}
     with pytest.raises(ValueError, match=r"spans must be within the 5 tokens .* got 'blue square' at position 6"):
-        flux.groups("test", PROMPTS[0], ["blue square"])
+        flux.concepts("test", PROMPTS[0], ["blue square"])
 
 
 @kinds

@@ -98,7 +98,8 @@ def guidance_report(
     """
     from vision_attn.pipelines.stand_in import sd15_unet  # here: the other suites need no diffusers
 
-    model: Any = (sd15_unet() if unet is None else unet).to(device, dtype).requires_grad_(False)
+    model: Any = sd15_unet() if unet is None else unet
+    nn.Module.to(model, device, dtype).requires_grad_(False)  # diffusers' own warns of layers that it does not have
     config, generator = model.config, torch.Generator().manual_seed(0)
     size = config.sample_size
     sample = torch.randn(1, config.in_channels, size, size, generator=generator).to(device, dtype)

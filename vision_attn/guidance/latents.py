@@ -6,6 +6,7 @@ Source: A-STAR (arXiv 2306.14544), section 3, equation 4; Attend-and-Excite (arX
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -48,7 +49,8 @@ class LatentGuide:
         resolution: Of the maps, see `AttentionCapture`.
 
     Attributes:
-        losses: Per step so far, the loss of each sample.
+        losses: Per step so far, the loss of each sample before its last move.
+        maps: Of each sample, `[n, Y, X]` of the last forward.
 
     Raises:
         ValueError, TypeError: an unknown loss, a sample without concepts.
@@ -77,15 +79,26 @@ class LatentGuide:
         self.loss: MapLoss = LOSSES[loss] if isinstance(loss, str) else loss
         self.threshold, self.mode = threshold, mode
         self.losses: list[list[float]] = []
+        self.maps: list[Tensor] = []
         self._masks: list[Tensor | None] = [None] * len(groups)
 
-    def move(self, latents: Tensor, step_size: float, forward: Callable[[Tensor], object]) -> Tensor:
+    def move(
+        self,
+        latents: Tensor,
+        step_size: float,
+        forward: Callable[[Tensor], object],
+        *,
+        target: float | None = None,
+        iterations: int = 20,
+    ) -> Tensor:
         """Latents for the next denoising step.
 
         Args:
             latents: `[B, ...]`, a row per sample of `groups`.
             step_size: Factor on the gradient; 0 leaves the latents as they are, bit for bit.
             forward: Calls the model on latents with the samples' own text, scaled as the scheduler wants it.
+            target: Loss above which a sample moves again and again before its one move; None for that one alone.
+            iterations: Of these moves, at most.
 
         Returns:
             Latents in the same dtype.
@@ -93,35 +106,64 @@ class LatentGuide:
         Raises:
             ValueError: another number of latents than of samples.
             RuntimeError: a loss or a gradient that is not finite.
+
+        Source: `target` is the iterative refinement of Attend-and-Excite, algorithm 1.
         """
+        maps, losses, gradient = self._look(latents, forward)
+        for _ in range(iterations):
+            far = losses > (math.inf if target is None else target)
+            if step_size == 0 or not far.any():
+                break
+            steps = step_size * far.view(-1, *[1] * (latents.ndim - 1))
+            latents = (latents.float() - steps * gradient).to(latents.dtype)
+            maps, losses, gradient = self._look(latents, forward)
+        self.losses.append(losses.tolist())
+        self.maps = [each.detach() for each in maps]
+        self._masks = [binarize(each, self.threshold, self.mode) for each in self.maps]
+        return latents if step_size == 0 else (latents.float() - step_size * gradient).to(latents.dtype)
+
+    @torch.no_grad()
+    def look(self, latents: Tensor, forward: Callable[[Tensor], object]) -> None:
+        """Take the maps, and move nothing.
+
+        Args:
+            latents: As of `move`.
+            forward: As of `move`.
+        """
+        with self._maps(latents, forward) as maps:
+            self.maps = maps
+
+    @contextlib.contextmanager
+    def _maps(self, latents: Tensor, forward: Callable[[Tensor], object]) -> Iterator[list[Tensor]]:
+        """Of one forward. Gradients are to be taken inside of the block, see `AttentionCapture`."""
         if latents.shape[0] != len(self.groups):
             raise ValueError(f"LatentGuide: latents must be {len(self.groups)} samples, got {latents.shape[0]}")
+        with AttentionCapture(
+            self.model, layers=self.layers, resolution=self.resolution, text=self.text, stop=True
+        ) as capture:
+            forward(latents)
+            yield [
+                concept_maps(sample, groups, text=None if self.text is None else self.text[number])
+                for number, (sample, groups) in enumerate(zip(capture.probabilities, self.groups, strict=True))
+            ]
+
+    def _look(self, latents: Tensor, forward: Callable[[Tensor], object]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Maps, losses, and their gradient in float32."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "LatentGuide: latents must be moved outside of torch.inference_mode(): use torch.no_grad()"
             )
+        scale = _FLOAT16_SCALE if latents.dtype == torch.float16 else 1.0
         with torch.enable_grad(), _frozen(self.model):
             moved = latents.detach().clone().requires_grad_()
-            with AttentionCapture(
-                self.model, layers=self.layers, resolution=self.resolution, text=self.text, stop=True
-            ) as capture:
-                forward(moved)
-                maps = [
-                    concept_maps(sample, groups, text=None if self.text is None else self.text[number])
-                    for number, (sample, groups) in enumerate(zip(capture.probabilities, self.groups, strict=True))
-                ]
+            with self._maps(moved, forward) as maps:
                 losses = torch.stack([self.loss(*pair) for pair in zip(maps, self._masks, strict=True)])
-                scale = _FLOAT16_SCALE if latents.dtype == torch.float16 else 1.0
                 (gradient,) = torch.autograd.grad(scale * losses.sum(), moved)
         if not (losses.isfinite().all() and gradient.isfinite().all()):
             raise RuntimeError(
                 f"LatentGuide: loss and gradient must be finite, got losses {losses.tolist()}: use float32 or bfloat16"
             )
-        self.losses.append(losses.tolist())
-        self._masks = [binarize(each.detach(), self.threshold, self.mode) for each in maps]
-        if step_size == 0:
-            return latents
-        return (latents.float() - step_size / scale * gradient.float()).to(latents.dtype)
+        return maps, losses.detach(), gradient.float() / scale
 
 
 @contextlib.contextmanager

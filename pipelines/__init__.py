@@ -6,9 +6,14 @@ import importlib
 from typing import Any
 
 # Loaded on first use: loading a pipeline needs none of them, and they need diffusers.
-_LAZY = {"AStarPipeline": "a_star", "StructuredDiffusionPipeline": "structured"}
+_LAZY = {
+    "AStarCallback": "callback",
+    "AStarPipeline": "a_star",
+    "AStarStep": "modular_a_star",
+    "StructuredDiffusionPipeline": "structured",
+}
 
-__all__ = ["AStarPipeline", "StructuredDiffusionPipeline"]
+__all__ = ["AStarCallback", "AStarPipeline", "AStarStep", "StructuredDiffusionPipeline"]
 
 
 def __getattr__(name: str) -> Any:

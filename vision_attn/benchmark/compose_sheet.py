@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 
 from vision_attn.benchmark.compose_bench import ComposeReport
 from vision_attn.benchmark.composition import Composition
-from vision_attn.drawing.text import draw_text, fitted_text
 from vision_attn.drawing.palette import ATTENTION, GOOD, INK, MUTED, PAGE
+from vision_attn.drawing.text import draw_text, fitted_text
 
 # All in pixels of the sheet.
 _MARGIN = 36

@@ -76,10 +76,13 @@ def test_the_examples_of_the_readme_run(tiny_flux_folder, monkeypatch, capsys):
 
     pipe = SmallPictures.from_pretrained(tiny_flux_folder)
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda name: pipe)
+    stock = DiffusionPipeline.from_pretrained  # loads the embedded models; a Hub id alone stands for the tiny one
+    monkeypatch.setattr(
+        DiffusionPipeline, "from_pretrained", lambda name, **options: stock(name, **options) if options else pipe
+    )
     before = list(va.operators())
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     namespace = {"__name__": __name__}  # a dataclass looks its module up by name
     try:
         for number, block in enumerate(blocks):
@@ -94,6 +97,8 @@ def test_the_examples_of_the_readme_run(tiny_flux_folder, monkeypatch, capsys):
     assert namespace["output"].shape == (1, 77 + 48 * 64, 8, 32)
     assert namespace["logits"].shape == (1, 1000)
     assert namespace["image"].size == (48, 32)
+    assert namespace["picture"].size == namespace["drawn"].images[0].size == (64, 64)
+    assert len(namespace["drawn"].losses) == 10
 
 
 def test_the_readmes_own_operator_is_what_it_says(tiny_flux_folder):

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 
+from vision_attn.guidance import jensen_shannon_loss, symmetric_kl_loss
 from vision_attn.pipelines import AStarPipeline, StructuredDiffusionPipeline
 from vision_attn.pipelines.loading import find_model, load_pipeline, run_defaults
 from vision_attn.shapes.detector import score
@@ -65,6 +66,22 @@ def test_guidance_lowers_the_loss_of_every_caption_it_was_not_tuned_on(pipe: Any
     assert len(moved) == len(still) == 10
     assert moved[0] == still[0]
     assert all(one < other for one, other in zip(moved[-1], still[-1], strict=True))
+
+
+@pytest.mark.parametrize("divergence", [symmetric_kl_loss, jensen_shannon_loss])
+def test_divergences_of_words_that_belong_together_are_losses_too(pipe: Any, divergence: Any) -> None:
+    def loss(maps: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
+        return divergence(maps, [(0, 1), (2, 3)])
+
+    settings = SIZE | {"resolution": (16, 16), "output_type": "latent", "num_inference_steps": 6, "loss": loss}
+    caption, concepts = "a green circle and a purple star", ["green", "circle", "purple", "star"]
+    guided = AStarPipeline.from_pipe(pipe)
+    moved, still = (
+        guided(caption, concepts=concepts, generator=noise(1), step_size=size, **settings).losses
+        for size in (20.0, 1e-12)
+    )
+    assert moved[0] == still[0]
+    assert moved[-1][0] < still[-1][0]
 
 
 def test_structured_text_changes_pictures_and_only_where_asked(pipe: Any) -> None:

@@ -135,7 +135,7 @@ def test_every_method_is_built_and_plain_is_the_pipeline_itself() -> None:
 
 def test_the_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     from vision_attn.shapes.model import save_pipeline
-    from vision_attn.shapes.sd_model import build_sd_pipeline, default_sd_settings
+    from vision_attn.shapes.model_sd import build_sd_pipeline, default_sd_settings
 
     save_pipeline(
         build_sd_pipeline(0), tmp_path / "model", default_sd_settings() | {"guidance": {"a-star": {"share": 1}}}

@@ -13,8 +13,8 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vision_attn.shapes.evaluate_sd import evaluate_split, main, markdown
+from vision_attn.shapes.model_sd import build_sd_pipeline
 from vision_attn.shapes.scenes import parse_caption
-from vision_attn.shapes.sd_model import build_sd_pipeline
 from vision_attn.shapes.splits import has_held_out_pair
 from vision_attn.shapes.train_sd import SDConfig, SDTrainer, sample_sd_batch, training_scene
 from vision_attn.shapes.train_sd import main as train_main

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .card_sd import sd_card
 from .detector import score
 from .model import read_settings
-from .sd_card import sd_card
 from .splits import SPLITS, split_captions
 
 if TYPE_CHECKING:

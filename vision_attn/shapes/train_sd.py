@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .model import save_pipeline
+from .model_sd import PIXELS, build_sd_pipeline, default_sd_settings
 from .scenes import Scene, render, sample_scene
-from .sd_model import PIXELS, build_sd_pipeline, default_sd_settings
 from .splits import has_held_out_pair
 from .trainer import RunConfig, Trainer, add_run_options, load_shipped, run, run_settings
 

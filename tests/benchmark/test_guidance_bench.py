@@ -5,7 +5,7 @@ import re
 import diffusers
 import torch
 
-from vision_attn.benchmark.guidance_bench import EVERY, GUIDED, WHOLE, guidance_report
+from vision_attn.benchmark.guidance_bench import EVERY, GUIDED, WHOLE, _flop_counter, guidance_report
 
 
 def test_each_way_is_measured():
@@ -27,3 +27,11 @@ def test_each_way_is_measured():
     assert report.to_dict()["environment"]["latents"] == "8x8"
     share = re.escape(f"{guided.flops / every.flops:.1%}")
     assert re.search(rf"^maps of a quarter, stopped +4 +\S+ .FLOP +{share} ", str(report), re.MULTILINE)
+
+
+def test_attention_on_a_cpu_counts():
+    """Two products forward; five backward, one of which computes the scores anew."""
+    query, key = torch.randn(2, 3, 20, 8, requires_grad=True), torch.randn(2, 3, 28, 8, requires_grad=True)
+    with _flop_counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, key, key).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 3 * 20 * 28 * 8)

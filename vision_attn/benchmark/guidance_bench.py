@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import vision_attn as va
 from vision_attn.benchmark.memory import PeakMemory
@@ -143,6 +143,18 @@ def _measured(way: Callable[[], int], device: torch.device | str) -> tuple[int, 
     """Layers, FLOPs and bytes."""
     with PeakMemory(device) as peak:
         layers = way()
-    with FlopCounterMode(display=False) as counter:
+    with _flop_counter() as counter:
         way()
     return layers, counter.get_total_flops(), peak.bytes
+
+
+def _flop_counter() -> FlopCounterMode:
+    """Torch's own, which knows the attention kernels of GPUs and takes those of CPUs for nothing."""
+    aten = torch.ops.aten
+    of_cpus = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=of_cpus)

@@ -283,7 +283,9 @@ def compose_bench(
     split: Annotated[
         str, typer.Option(help="Captions: hard (new pairs and three objects), new pair, three, two, one.")
     ] = "hard",
-    captions: Annotated[int, typer.Option(min=1, help="Captions of the split.")] = 150,
+    captions: Annotated[
+        int | None, typer.Option(min=1, help="Captions of the split. Default: 150, or all there are.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures per caption.")] = 2,
     steps: Steps = None,
     guidance: Guidance = None,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GRID = "64x64"
 HEADS, HEAD_DIM = 8, 64
+_CAPTIONS = 150
 
 
 def attention_suite(
@@ -89,7 +90,7 @@ def compose_task(
     model: str,
     methods: Sequence[str],
     split: str,
-    captions: int,
+    captions: int | None,
     seeds: int,
     tuning: bool,
     request: Request,
@@ -102,7 +103,7 @@ def compose_task(
         model: With captions of the shapes data.
         methods: Names.
         split: Of the captions.
-        captions: Number of them.
+        captions: Number of them; None for 150, or as many as there are.
         seeds: Pictures per caption.
         tuning: Whether to take the captions for choosing settings.
         request: Steps and guidance scale, as far as the user gave them.
@@ -117,11 +118,12 @@ def compose_task(
     from vision_attn.benchmark.compose_methods import build_methods, require_methods
     from vision_attn.guidance.structured import require_unet
     from vision_attn.pipelines.loading import run_defaults
-    from vision_attn.shapes.splits import split_captions
+    from vision_attn.shapes.splits import caption_count, split_captions
 
     require_methods(methods)
-    texts = split_captions(split, captions, tuning=tuning)
-    pipe, request = load(model, request, device, dtype)
+    count = min(_CAPTIONS, caption_count(split, tuning=tuning)) if captions is None else captions
+    texts = split_captions(split, count, tuning=tuning)
+    pipe, request = load(model, replace(request, prompt=texts[0]), device, dtype)
     require_unet("compose-bench", pipe)
     options = request.arguments(pipe)
     del options["prompt"]

@@ -153,9 +153,27 @@ def test_the_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -
         assert picture.width > 3 * 128
 
 
+def test_all_captions_of_a_small_split_and_a_model_without_an_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tiny_pipelines import make_sd
+
+    from vision_attn import command_bench, command_input
+    from vision_attn.pipelines import loading
+
+    monkeypatch.setattr(loading, "load_pipeline", lambda *place, **options: make_sd())
+    monkeypatch.setattr(loading, "run_defaults", lambda model: {})
+    for split, count in (("one", 19), ("two", 100), ("hard", 150)):
+        request = command_input.read_request(None, 0, None, 3, None, None)
+        _, task, _ = command_bench.compose_task("sd", ["plain"], split, None, 1, False, request, "cpu", "float32")
+        assert len(task.captions) == count
+        assert task.options == {"num_inference_steps": 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--split", "one", "--tuning"], "split must have captions for tuning, got 'one'"),
         (["--methods", "magic"], "methods must be of plain, .* got 'magic'"),
         (["--split", "easy"], "split must be one of .*, got 'easy'"),
         (["--captions", 999], "count must be from 1 to 200 of split 'hard', got 999"),

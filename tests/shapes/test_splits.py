@@ -8,6 +8,7 @@ from vision_attn.shapes.scenes import COLORS, SHAPES, parse_caption
 from vision_attn.shapes.splits import (
     HELD_OUT_PAIRS,
     SPLITS,
+    caption_count,
     has_held_out_pair,
     split_captions,
 )
@@ -69,5 +70,14 @@ def test_bad_input_is_refused() -> None:
     for split, count, most in (("one", 20, 19), ("hard", 0, 200), ("two", 101, 100)):
         with pytest.raises(ValueError, match=f"count must be from 1 to {most} of split '{split}', got {count}"):
             split_captions(split, count)
-    with pytest.raises(ValueError, match="count must be from 1 to 0 of split 'one' for tuning, got 1"):
+    with pytest.raises(ValueError, match="split must have captions for tuning, got 'one'"):
         split_captions("one", 1, tuning=True)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_has_as_many_captions_as_it_says(split: str) -> None:
+    for tuning in (False, True) if split != "one" else (False,):
+        count = caption_count(split, tuning=tuning)
+        assert len(set(split_captions(split, count, tuning=tuning))) == count
+        with pytest.raises(ValueError, match=f"count must be from 1 to {count} "):
+            split_captions(split, count + 1, tuning=tuning)

@@ -23,6 +23,23 @@ def has_held_out_pair(spec: CaptionSpec) -> bool:
     return any((item.color, item.shape) in HELD_OUT_PAIRS for item in spec.objects)
 
 
+def caption_count(split: str, *, tuning: bool = False) -> int:
+    """How many captions a split has.
+
+    Args:
+        split: See `split_captions`.
+        tuning: See `split_captions`.
+
+    Raises:
+        ValueError: an unknown split, one without captions for tuning.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split_captions: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if tuning and split == "one":
+        raise ValueError(f"split_captions: split must have captions for tuning, got {split!r}: choose another")
+    return _MOST[split]
+
+
 def split_captions(split: str, count: int, *, tuning: bool = False) -> list[str]:
     """Different captions, always the same ones, without sizes, relations and backgrounds.
 
@@ -33,15 +50,13 @@ def split_captions(split: str, count: int, *, tuning: bool = False) -> list[str]
         tuning: Other captions, to choose settings on; of one object there are none.
 
     Raises:
-        ValueError: an unknown split, a count below 1 or of more captions than there are.
+        ValueError: as `caption_count`; a count below 1 or of more captions than there are.
 
     Example:
         >>> split_captions("hard", 2)
         ['a green circle and a red triangle', 'a red circle, a black star and a green circle']
     """
-    if split not in SPLITS:
-        raise ValueError(f"split_captions: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    most = 0 if tuning and split == "one" else _MOST[split]
+    most = caption_count(split, tuning=tuning)
     if not 1 <= count <= most:
         purpose = " for tuning" if tuning else ""
         raise ValueError(f"split_captions: count must be from 1 to {most} of split {split!r}{purpose}, got {count}")

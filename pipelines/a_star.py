@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vision_attn.guidance.latents import MapLoss
 from vision_attn.pipelines.denoisers import denoiser_class
-from vision_attn.pipelines.guided import GuidedPipeline
+from vision_attn.pipelines.guided import GuidedPipeline, require_arguments
 from vision_attn.pipelines.moves import Moves, Settings, one_per_prompt
 from vision_attn.pipelines.structured import StructuredDiffusionPipeline
 
@@ -126,8 +126,8 @@ class AStarPipeline(GuidedPipeline):
             step, as `concept_sheet(output.images[0], output.maps[0])` draws them. The progress bar tells the mean loss.
 
         Raises:
-            TypeError: phrases without a structured pipeline, text that is given as embeddings or as a second prompt,
-                timesteps of your own, an IP-Adapter.
+            TypeError: an unknown argument, phrases without a structured pipeline, text that is given as embeddings or
+                as a second prompt, timesteps of your own, an IP-Adapter.
             NotImplementedError: a scheduler that goes back to latents of its own (PNDM, Heun, KDPM2, single-step
                 DPM-Solver, SA-Solver).
             ValueError: concepts that the prompt does not have, or a prompt without any.
@@ -135,6 +135,7 @@ class AStarPipeline(GuidedPipeline):
         for name in _REFUSED:
             if options.get(name) is not None:
                 raise TypeError(f"AStarPipeline: {name} must be left out")
+        require_arguments("AStarPipeline", self.pipe, options)
         prompts, each = one_per_prompt("AStarPipeline", prompt, concepts)
         denoiser = denoiser_class("AStarPipeline", self.pipe)(
             self.pipe, prompts, images=num_images_per_prompt, height=height, width=width, steps=num_inference_steps,

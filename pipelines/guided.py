@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
+
+_DEPRECATED = ("callback", "callback_steps")  # what stock pipelines take out of `**kwargs`
 
 
 class GuidedPipeline:
@@ -43,6 +46,21 @@ class GuidedPipeline:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.pipe, name, value)
+
+
+def require_arguments(where: str, pipe: Any, options: Mapping[str, Any]) -> None:
+    """Refuse arguments that a pipeline's call does not have: stock ones of SD 1 and SD 2 take any, and drop them.
+
+    Raises:
+        TypeError: such an argument.
+    """
+    known = {*inspect.signature(type(pipe).__call__).parameters, *_DEPRECATED}
+    unknown = [name for name in options if name not in known]
+    if unknown and not isinstance(pipe, GuidedPipeline):  # which asks its own stock pipeline
+        raise TypeError(
+            f"{where}: arguments must be its own or those of {type(pipe).__name__}, got {unknown[0]!r}: check its "
+            "spelling"
+        )
 
 
 def text_options(options: Mapping[str, Any]) -> dict[str, Any]:

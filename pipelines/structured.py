@@ -8,7 +8,7 @@ from typing import Any
 
 from vision_attn.guidance.contexts import text_context
 from vision_attn.guidance.structured import require_unet, structured_embeddings
-from vision_attn.pipelines.guided import GuidedPipeline, text_options
+from vision_attn.pipelines.guided import GuidedPipeline, require_arguments, text_options
 
 
 class StructuredDiffusionPipeline(GuidedPipeline):
@@ -60,9 +60,11 @@ class StructuredDiffusionPipeline(GuidedPipeline):
             The stock pipeline's output.
 
         Raises:
-            TypeError: text that is given as embeddings or as a second prompt, whose phrases cannot be found.
+            TypeError: an unknown argument; text that is given as embeddings or as a second prompt, whose phrases cannot
+                be found.
             ValueError: lists of phrases that are not one per prompt; as `structured_embeddings`.
         """
+        require_arguments("StructuredDiffusionPipeline", self.pipe, options)
         context = self.text_context(
             prompt, phrases=phrases, mode=mode, strength=strength, num_images_per_prompt=num_images_per_prompt,
             **options,

@@ -218,6 +218,7 @@ def test_concepts_that_a_user_names():
         ({"resolution": (3, 3)}, ValueError, r"resolution must be one of .* got \(3, 3\)"),
         ({"prompt_embeds": torch.zeros(1)}, TypeError, "prompt_embeds must be left out"),
         ({"ip_adapter_image": torch.zeros(1)}, TypeError, "ip_adapter_image must be left out"),
+        ({"stepsize": 40}, TypeError, "arguments must be its own or those of StableDiffusionPipeline, got 'stepsize'"),
         ({"denoising_end": 0.5}, TypeError, "denoising_end must be left out"),
         ({"concepts": []}, ValueError, r"for 'a red circle and a blue square', got \[\]"),
         ({"loss": lambda maps, masks: maps.sum() * float("nan")}, RuntimeError, "loss and gradient must be finite"),

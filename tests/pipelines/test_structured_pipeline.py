@@ -129,6 +129,8 @@ def test_mistakes(pipe):
         structured(PROMPTS, phrases=["a"], **OPTIONS)
     with pytest.raises(TypeError, match="prompt_embeds must be left out"):
         structured(PROMPTS[0], prompt_embeds=torch.zeros(1, 24, 16), **OPTIONS)
+    with pytest.raises(TypeError, match=r"arguments must be its own or those of StableDiff.*, got 'concepts'"):
+        structured(PROMPTS[0], concepts=["circle"], **OPTIONS)
     with pytest.raises(NotImplementedError, match=r"StructuredDiffusionPipeline: pipe must be .*, got DDPMScheduler"):
         StructuredDiffusionPipeline.from_pipe(diffusers.DDPMScheduler())
 

@@ -121,13 +121,14 @@ class AStarPipeline(GuidedPipeline):
             options: Further arguments of the stock pipeline.
 
         Returns:
-            The stock pipeline's output; its attribute `losses` lists, per step, the loss of each image, and with
-            `return_maps` its attribute `maps` holds for each image the concepts and their maps `[Y, X]` in the last
-            step, as `concept_sheet(output.images[0], output.maps[0])` draws them. The progress bar tells the mean loss.
+            The stock pipeline's output. Unless it is a tuple, its attribute `losses` lists, per step, the loss of each
+            image, and with `return_maps` its attribute `maps` holds for each image the concepts and their maps `[Y, X]`
+            in the last step, as `concept_sheet(output.images[0], output.maps[0])` draws them. The progress bar tells
+            the mean loss.
 
         Raises:
             TypeError: an unknown argument, phrases without a structured pipeline, text that is given as embeddings or
-                as a second prompt, timesteps of your own, an IP-Adapter.
+                as a second prompt, timesteps of your own, an IP-Adapter; maps in a tuple.
             NotImplementedError: a scheduler that goes back to latents of its own (PNDM, Heun, KDPM2, single-step
                 DPM-Solver, SA-Solver).
             ValueError: concepts that the prompt does not have, or a prompt without any.
@@ -136,6 +137,10 @@ class AStarPipeline(GuidedPipeline):
             if options.get(name) is not None:
                 raise TypeError(f"AStarPipeline: {name} must be left out")
         require_arguments("AStarPipeline", self.pipe, options)
+        if return_maps and options.get("return_dict") is False:
+            raise TypeError(
+                "AStarPipeline: return_dict must be left out with return_maps, a tuple has no place for maps"
+            )
         prompts, each = one_per_prompt("AStarPipeline", prompt, concepts)
         denoiser = denoiser_class("AStarPipeline", self.pipe)(
             self.pipe, prompts, images=num_images_per_prompt, height=height, width=width, steps=num_inference_steps,

@@ -141,6 +141,8 @@ def _check_scheduler(where: str, scheduler: Any, uncorrected: bool) -> None:
 
 
 def _check_refinement(where: str, settings: Settings, moved: Sequence[int]) -> None:
+    if not isinstance(settings.refine, Mapping):
+        raise TypeError(f"{where}: refine must be a mapping of steps to losses, got {settings.refine!r}")
     strange = [step for step in settings.refine if step not in moved]
     if strange:
         raise ValueError(f"{where}: refine must name steps before which latents move, {moved} here, got {strange}")

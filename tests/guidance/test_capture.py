@@ -169,6 +169,11 @@ def test_nothing_is_left_behind():
         ({"layers": "down_blocks.*"}, r"resolution must be one of \[\(3, 4\), \(5, 7\), \(10, 14\)\] .* got None"),
         ({"tokens": [[7]]}, r"tokens must hold positions from 0 to 6, got \[7\]"),
         ({"tokens": [[]]}, r"tokens must hold positions from 0 to 6, got \[\]"),
+        ({"tokens": [2, 3]}, r"tokens must be lists of positions such as \[\[2\], \[5, 6\]\], got \[2, 3\]"),
+        ({"tokens": []}, r"tokens must be lists of positions .* got \[\]"),
+        ({"text": [2, 3]}, r"text must be lists of positions .* got \[2, 3\]"),
+        ({"resolution": 16}, r"resolution must be rows and columns such as \(16, 16\), got 16"),
+        ({"resolution": (5, 7, 1)}, r"resolution must be rows and columns .* got \(5, 7, 1\)"),
         ({}, "tokens must be given for maps, got None"),
     ],
 )
@@ -191,6 +196,8 @@ def test_other_mistakes():
         capture.maps  # noqa: B018
     with pytest.raises(ValueError, match="encoder_attention_mask must be None"), AttentionCapture(model):
         model(**inputs(encoder_attention_mask=torch.ones(2, TEXT)))
+    with pytest.raises(TypeError, match=r"model must be a UNet or a transformer, got DDIMScheduler: give pipe.unet"):
+        AttentionCapture(diffusers.DDIMScheduler())
     model.fuse_qkv_projections()
     with pytest.raises(NotImplementedError, match=r"must have plain .*, got fused projections in 'down_blocks.0"):
         AttentionCapture(model)

@@ -49,8 +49,9 @@ class AttentionCapture:
         names: The layers whose maps were taken in the last forward.
 
     Raises:
-        ValueError: at once, no such layers; at the forward, no layer or several resolutions, a mask of the text,
-            positions that the text does not have.
+        TypeError: no model.
+        ValueError: at once, no such layers, a resolution or positions of another form; at the forward, no layer or
+            several resolutions, a mask of the text, positions that the text does not have.
         NotImplementedError: at once, attention whose scores are not those of its projections.
 
     Example:
@@ -75,6 +76,7 @@ class AttentionCapture:
         text: Sequence[Sequence[int]] | None = None,
         stop: bool = False,
     ) -> None:
+        _check(model, resolution, tokens, text)
         model = getattr(model, "_orig_mod", model)  # of torch.compile, which would be the first part of every name
         self.model, self.resolution, self.tokens, self.text, self.stop = model, resolution, tokens, text, stop
         self.names: list[str] = []
@@ -144,6 +146,21 @@ class AttentionCapture:
         probabilities = self.probabilities
         _check_positions("tokens", self.tokens, probabilities.shape[-1])
         return torch.stack([probabilities[..., list(group)].mean(-1) for group in self.tokens], 1)
+
+
+def _check(model: Any, resolution: Any, tokens: Any, text: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"AttentionCapture: model must be a UNet or a transformer, got {type(model).__name__}: give pipe.unet or "
+            "pipe.transformer"
+        )
+    if resolution is not None and not (isinstance(resolution, Sequence) and len(resolution) == 2):
+        raise ValueError(f"AttentionCapture: resolution must be rows and columns such as (16, 16), got {resolution!r}")
+    for name, lists in (("tokens", tokens), ("text", text)):
+        if lists is not None and not (len(lists) and all(isinstance(own, Sequence) for own in lists)):
+            raise ValueError(
+                f"AttentionCapture: {name} must be lists of positions such as [[2], [5, 6]], got {lists!r}"
+            )
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, text: Sequence[Sequence[int]] | None) -> Tensor:

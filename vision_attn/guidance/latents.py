@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ class LatentGuide:
 
         Raises:
             ValueError: another number of latents than of samples.
+            TypeError: a loss that is no scalar tensor with a gradient.
             RuntimeError: a loss or a gradient that is not finite.
 
         Source: `target` is the iterative refinement of Attend-and-Excite, algorithm 1.
@@ -157,13 +159,20 @@ class LatentGuide:
         with torch.enable_grad(), _frozen(self.model):
             moved = latents.detach().clone().requires_grad_()
             with self._maps(moved, forward) as maps:
-                losses = torch.stack([self.loss(*pair) for pair in zip(maps, self._masks, strict=True)])
+                losses = torch.stack([self._loss_of(*pair) for pair in zip(maps, self._masks, strict=True)])
                 (gradient,) = torch.autograd.grad(scale * losses.sum(), moved)
         if not (losses.isfinite().all() and gradient.isfinite().all()):
             raise RuntimeError(
                 f"LatentGuide: loss and gradient must be finite, got losses {losses.tolist()}: use float32 or bfloat16"
             )
         return maps, losses.detach(), gradient.float() / scale
+
+    def _loss_of(self, maps: Tensor, masks: Tensor | None) -> Tensor:
+        loss: Any = self.loss(maps, masks)
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
+            got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise TypeError(f"LatentGuide: loss must give a scalar tensor with a gradient to the maps, got {got}")
+        return loss
 
 
 @contextlib.contextmanager
@@ -189,7 +198,7 @@ def step_sizes(steps: int, step_size: float = 20.0, share: float = 0.5) -> list[
         share: Of the steps that get any, 0 to 1; 1 is the paper's.
 
     Raises:
-        ValueError: a share out of range, a negative step size.
+        ValueError: a share out of range, a step size that is negative or not finite.
 
     Source: `20 * sqrt(linspace(1, 0.5, T))` is Attend-and-Excite's; A-STAR gives no schedule.
 
@@ -199,8 +208,8 @@ def step_sizes(steps: int, step_size: float = 20.0, share: float = 0.5) -> list[
     """
     if not 0 <= share <= 1:
         raise ValueError(f"step_sizes: share must be from 0 to 1, got {share}")
-    if step_size < 0:
-        raise ValueError(f"step_sizes: step_size must be at least 0, got {step_size}")
+    if not 0 <= step_size < math.inf:
+        raise ValueError(f"step_sizes: step_size must be at least 0 and finite, got {step_size}")
     line = torch.linspace(1, 0.5, steps, dtype=torch.float64).sqrt().tolist()
     last = round(share * steps)
     return [step_size * factor if index < last else 0.0 for index, factor in enumerate(line)]

@@ -99,7 +99,8 @@ class AStarPipeline(GuidedPipeline):
             loss: `"a-star"`, `"attend-and-excite"`, or a function of the maps `[n, Y, X]` of a sample and the masks of
                 the step before (None in the first).
             step_size: Factor on the gradient in the first step, see `step_sizes`; 0 draws what the stock pipeline
-                draws.
+                draws. Gradient and move are those of what the model sees, so that a size means the same under DDIM and
+                under Euler, whose latents are larger.
             share: Share of the steps before which latents move; 1 is the paper's.
             refine: Steps and a loss each: before such a step an image whose loss is above moves again and again.
                 Attend-and-Excite's, for its loss and 50 steps, is `{0: 0.95, 10: 0.5, 20: 0.2}`; A-STAR has none.

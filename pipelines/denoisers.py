@@ -135,6 +135,14 @@ class Denoiser:
         """
         raise NotImplementedError
 
+    def latent_scale(self, index: int) -> float:
+        """How many times larger the latents before a step are than what the model sees of them.
+
+        Args:
+            index: Of the step.
+        """
+        return 1.0
+
     def forward(self, latents: Tensor, index: int) -> object:
         """Call the model on the latents before a step.
 
@@ -246,6 +254,10 @@ class UNetDenoiser(Denoiser):
         unet, factor = self.pipe.unet, self.pipe.vae_scale_factor
         shape = (self.samples, unet.config.in_channels, self.height // factor, self.width // factor)
         return randn_tensor(shape, generator=generator, device=self.device, dtype=unet.dtype)
+
+    def latent_scale(self, index: int) -> float:
+        """`sqrt(sigma^2 + 1)` for Euler and its kin, 1 for others."""
+        return 1 / float(self.pipe.scheduler.scale_model_input(torch.ones(()), self.timesteps[index]))
 
     def forward(self, latents: Tensor, index: int) -> object:
         """Call the UNet."""

@@ -93,6 +93,9 @@ class Moves:
             return latents
         forward, size = partial(self.denoiser.forward, index=index), self._sizes[index]
         if size:
+            # A step size means the same under every scheduler: it is one of what the model sees. Where latents are s
+            # times as large, their gradient is s times smaller, and a move of them must be s times larger.
+            size *= self.denoiser.latent_scale(index) ** 2
             target = self.settings.refine.get(index)
             return self.guide.move(latents, size, forward, target=target, iterations=self.settings.iterations)
         if self.settings.return_maps and index + 1 == len(self._sizes):

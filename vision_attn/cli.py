@@ -290,7 +290,8 @@ def compose_bench(
     steps: Steps = None,
     guidance: Guidance = None,
     tuning: Annotated[
-        bool, typer.Option("--tuning", help="Captions for choosing settings, none of which the benchmark has.")
+        bool,
+        typer.Option("--tuning", help="Other captions, for choosing settings; some have the objects in another order."),
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
     device: Device = "",

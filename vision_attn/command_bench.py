@@ -133,5 +133,6 @@ def compose_task(
         "split": f"{split}, for tuning" if tuning else split,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
+        **{f"settings of {name}": own for name, own in settings.items()},
     }
     return build_methods(pipe, methods, settings), Task(tuple(texts), seeds, options), about

@@ -45,15 +45,15 @@ def test_a_step_size_of_zero_changes_no_bit():
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "size"),  # Euler's latents are hundreds of times as large
-    [(partial(diffusers.DDIMScheduler, clip_sample=False), 5.0), (diffusers.EulerDiscreteScheduler, 1e5)],
+    "scheduler",
+    [partial(diffusers.DDIMScheduler, clip_sample=False), diffusers.EulerDiscreteScheduler],
     ids=["ddim", "euler"],
 )
 @pytest.mark.parametrize(("scale", "rounding"), [(1.0, 1e-6), (5.0, 5e-6)])
-def test_it_draws_what_the_pipeline_draws(scheduler, size, scale, rounding):
+def test_it_draws_what_the_pipeline_draws(scheduler, scale, rounding):
     """To rounding: with guidance, modular pipelines run its halves one after the other, not as one batch."""
     stock = make_sdxl()
-    stock.scheduler, settings = scheduler(), {**SETTINGS, "step_size": size}
+    stock.scheduler, settings = scheduler(), {**SETTINGS, "step_size": 10.0}
     concepts = [["circle", "square"], ["star", "black circle"]]
     guided = AStarPipeline(stock)(
         PROMPTS, concepts=concepts, generator=seeds(1, 2), guidance_scale=scale, output_type="latent", return_maps=True,

@@ -67,7 +67,7 @@ def evaluate_split(
     split: str,
     count: int,
     side: int = 64,
-    num_inference_steps: int = 25,
+    num_inference_steps: int = 20,
     guidance_scale: float = 4.0,
 ) -> SplitScore:
     """Draws the first captions of a split and scores them.

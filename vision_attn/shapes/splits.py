@@ -47,7 +47,8 @@ def split_captions(split: str, count: int, *, tuning: bool = False) -> list[str]
         split: `"one"` and `"two"` objects of pairs seen in training; `"new pair"`: two objects, at least one of a
             held-out pair; `"three"`: three objects, of which training shows none; `"hard"`: the last two in turns.
         count: How many.
-        tuning: Other captions, to choose settings on; of one object there are none.
+        tuning: Other captions, to choose settings on; of one object there are none. Pairs of two objects are few, so
+            that some of these captions name the objects of others in another order.
 
     Raises:
         ValueError: as `caption_count`; a count below 1 or of more captions than there are.

@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vision_attn.shapes.evaluate_sd import evaluate_split, main, markdown
+from vision_attn.shapes.leakage import measure_leakage
 from vision_attn.shapes.model_sd import build_sd_pipeline
 from vision_attn.shapes.scenes import parse_caption
 from vision_attn.shapes.splits import has_held_out_pair
@@ -168,7 +169,8 @@ def test_a_model_is_scored_and_gets_its_card(folder: Path, tmp_path: Path, capsy
     assert "| three objects, of which training shows none | 2 |" in card
     assert "with 1 DDIM steps" in card
     assert card in (folder / "README.md").read_text()
-    assert capsys.readouterr().out.strip() in card
+    for part in capsys.readouterr().out.strip().split("\n\n"):
+        assert part in card
 
 
 def test_scores_do_not_depend_on_the_batch(pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +192,25 @@ def test_bad_input_is_refused(tmp_path: Path, pipeline: StableDiffusionPipeline)
         train_main(["--out", str(tmp_path / "run"), "--init-from", str(tmp_path)])
     with pytest.raises(ValueError, match="split must be one of"):
         evaluate_split(pipeline, "none", 1)
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+def test_leakage_of_an_encoder_that_sums_words(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, leak: float
+) -> None:
+    def encode(ids: torch.Tensor) -> tuple[torch.Tensor]:
+        """A token is its word and the one before it, which is the color, and a share of the circle's color."""
+        words = torch.nn.functional.one_hot(ids, len(pipeline.tokenizer)).double()
+        return (words + words.roll(1, 1) + leak * words.roll(5, 1),)
+
+    monkeypatch.setattr(pipeline, "text_encoder", encode)
+    # Unit vectors, at right angles but where both colors are the same one of six.
+    different, same = (2 + leak**2) ** 0.5, (1 + (1 + leak) ** 2) ** 0.5
+    inverse_length = (5 / different + 1 / same) / 6
+    leakage = measure_leakage(pipeline)
+    assert leakage.other == pytest.approx(2**0.5 * leak * inverse_length)
+    assert leakage.own == pytest.approx(2**0.5 * inverse_length)
+    assert leakage.alone == pytest.approx(2**0.5 * leak * inverse_length)  # of padding, alone
 
 
 def test_the_table_is_markdown(pipeline: StableDiffusionPipeline) -> None:

@@ -47,8 +47,8 @@ at the end if wanted:
 - colors: {colors}
 - shapes: {shapes}
 
-Training showed one or two objects, and never {pairs}. Three objects and these pairs are what plain sampling fails at:
-room for guidance.
+Training showed one or two objects, and never {pairs}.
+Both are what guidance is measured on.
 
 ## Scores
 
@@ -58,6 +58,8 @@ drawn by the stock pipeline with {steps} DDIM steps and `guidance_scale={scale:g
 right*: the same of the colors alone.
 
 {table}
+
+Words leak into later ones, as the text encoder is causal. {leak}
 
 Repeat with `python -m vision_attn.shapes.evaluate_sd assets/shapes-sd`.
 
@@ -71,12 +73,13 @@ standardised means of 2x2 pixels, decoding is bicubic resizing.
 """
 
 
-def sd_card(directory: str | Path, table: str) -> str:
+def sd_card(directory: str | Path, table: str, leak: str) -> str:
     """The card of a model directory.
 
     Args:
         directory: the model, with its settings and, if any, a note on its training.
         table: the scores, in Markdown.
+        leak: a sentence on what the text encoder mixes.
 
     Returns:
         Markdown.
@@ -92,5 +95,6 @@ def sd_card(directory: str | Path, table: str) -> str:
         steps=settings["num_inference_steps"],
         scale=settings["guidance_scale"],
         table=table,
+        leak=leak,
         note=read_training_note(directory),
     )

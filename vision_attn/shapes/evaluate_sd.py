@@ -18,6 +18,7 @@ import torch
 
 from .card_sd import sd_card
 from .detector import score
+from .leakage import Leakage, measure_leakage
 from .model import read_settings
 from .splits import SPLITS, split_captions
 
@@ -112,6 +113,14 @@ _TITLES = {
 }
 
 
+def leakage_text(leakage: Leakage) -> str:
+    """The sentence of the model card."""
+    return (
+        f"Changing the color of the other object moves a shape's token by {leakage.other:.1%} of its length, changing "
+        f"its own by {leakage.own:.0%}; encoding its phrase alone moves it by {leakage.alone:.0%}."
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vision_attn.shapes.evaluate_sd", description="Score shapes-sd.")
@@ -136,9 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for split, count in _CAPTIONS.items()
     ]
-    print(markdown(rows))
+    leak = leakage_text(measure_leakage(pipeline))
+    print(f"{markdown(rows)}\n\n{leak}")
     if options.card:
-        (options.directory / "README.md").write_text(sd_card(options.directory, markdown(rows)), encoding="utf-8")
+        card = sd_card(options.directory, markdown(rows), leak)
+        (options.directory / "README.md").write_text(card, encoding="utf-8")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 

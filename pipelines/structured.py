@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vision_attn.guidance.contexts import text_context
-from vision_attn.guidance.structured import require_unet, structured_embeddings
+from vision_attn.guidance.structured import require_mixture, require_unet, structured_embeddings
 from vision_attn.pipelines.guided import GuidedPipeline, require_arguments, text_options
 
 
@@ -25,12 +25,14 @@ class StructuredDiffusionPipeline(GuidedPipeline):
 
     Raises:
         NotImplementedError: a pipeline without a UNet.
+        ValueError, TypeError: an unknown mode, a strength out of range.
 
     Source: arXiv 2212.05032.
     """
 
     def __init__(self, pipe: Any, *, phrases: Any = None, mode: str = "paper", strength: float = 1.0) -> None:
         require_unet("StructuredDiffusionPipeline", pipe)
+        require_mixture("StructuredDiffusionPipeline", mode, strength)
         super().__init__(pipe)
         self.__dict__["defaults"] = {"phrases": phrases, "mode": mode, "strength": strength}
 

@@ -160,3 +160,16 @@ def test_what_it_is_made_with_holds_for_calls_that_name_nothing():
     made = StructuredDiffusionPipeline(pipe, strength=0.0)
     assert torch.equal(made(PROMPTS[0], generator=seeds(1), **OPTIONS).images, stock)
     assert torch.equal(made(PROMPTS[0], strength=1.0, generator=seeds(1), **named, **OPTIONS).images, expected)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "error", "message"),
+    [
+        ({"mode": "mean"}, ValueError, "mode must be one of paper, covering, replace, conjunction, got 'mean'"),
+        ({"strength": 5}, ValueError, "strength must be from 0 to 1, got 5"),
+        ({"strength": "1"}, TypeError, "strength must be a number, got '1'"),
+    ],
+)
+def test_defaults_are_refused_at_once(defaults, error, message):
+    with pytest.raises(error, match=f"StructuredDiffusionPipeline: {message}"):
+        StructuredDiffusionPipeline(make_sd(), **defaults)

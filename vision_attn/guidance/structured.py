@@ -81,7 +81,7 @@ def structured_embeddings(
     into that very tensor, so that there the first key is equal to the values.
     """
     require_unet("structured_embeddings", pipe)
-    _check(mode, strength)
+    require_mixture("structured_embeddings", mode, strength)
     require_plain_prompt("structured_embeddings", pipe, prompt)
     words = find_phrases(prompt, phrases)
     if phrases is None:
@@ -155,13 +155,18 @@ def require_plain_prompt(where: str, pipe: Any, prompt: str, tokenizer: Any = No
         )
 
 
-def _check(mode: str, strength: float) -> None:
+def require_mixture(where: str, mode: str, strength: float) -> None:
+    """Refuse what `structured_embeddings` cannot mix.
+
+    Raises:
+        ValueError, TypeError: an unknown mode, a strength out of range.
+    """
     if mode not in MODES:
-        raise ValueError(f"structured_embeddings: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        raise ValueError(f"{where}: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise TypeError(f"structured_embeddings: strength must be a number, got {strength!r}")
+        raise TypeError(f"{where}: strength must be a number, got {strength!r}")
     if not 0 <= strength <= 1:
-        raise ValueError(f"structured_embeddings: strength must be from 0 to 1, got {strength}")
+        raise ValueError(f"{where}: strength must be from 0 to 1, got {strength}")
 
 
 @torch.no_grad()

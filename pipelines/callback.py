@@ -11,7 +11,8 @@ from typing import Any
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
-from vision_attn.pipelines.denoisers import UNetDenoiser, denoiser_class, require_latents_alone
+from vision_attn.pipelines.denoiser_unet import UNetDenoiser, require_latents_alone
+from vision_attn.pipelines.denoisers import denoiser_class
 from vision_attn.pipelines.moves import Moves, Settings, one_per_prompt
 
 _TENSORS = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")

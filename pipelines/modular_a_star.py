@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.modular_pipelines import ComponentSpec, InputParam, ModularPipelineBlocks, OutputParam
 from transformers import CLIPTokenizer
 
-from vision_attn.pipelines.denoisers import UNetDenoiser, require_latents_alone
+from vision_attn.pipelines.denoiser_unet import UNetDenoiser, require_latents_alone
 from vision_attn.pipelines.moves import Moves, Settings, one_per_prompt
 
 _REFUSED = ("prompt_2", "controlnet_cond", "ip_adapter_embeds", "timestep_cond")

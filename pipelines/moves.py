@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vision_attn.guidance.latents import LatentGuide, MapLoss, step_sizes
-from vision_attn.pipelines.denoisers import Denoiser
+from vision_attn.pipelines.denoiser import Denoiser
 
 _FORGETFUL = ("PNDMScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler")
 

@@ -9,7 +9,7 @@ from tiny_pipelines import make_flux, make_sd3
 
 from vision_attn.guidance import LatentGuide, segregation_loss
 from vision_attn.pipelines import AStarPipeline
-from vision_attn.pipelines.denoisers import FluxDenoiser, SD3Denoiser
+from vision_attn.pipelines.denoiser_flow import FluxDenoiser, SD3Denoiser
 
 PROMPTS = ["a red circle and a blue square", "a green star, a black circle and a red triangle"]
 OPTIONS = {"height": 16, "width": 24, "num_inference_steps": 4, "output_type": "latent", "max_sequence_length": 20}
